@@ -1,0 +1,277 @@
+"""The folder of a run, and checkpoints in it: named safetensors and JSON, complete or not there at
+all.
+
+What exact resume means here. Parameters, EMA, optimiser and learning-rate state are in the
+checkpoint; everything random is a function of (seed, position), and dropout of (seed, step, rank),
+so the only random state is the step number. A run continued from step k on the same machine and
+process count is bit-equal to one that never stopped.
+
+`checkpoint-<step>` is written under another name, flushed to disk, listed with a checksum per file
+in manifest.json, and then renamed: whoever finds the name finds a whole checkpoint. No pickle is
+written or read.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, optim
+
+from .errors import InputError
+
+CONFIG, METRICS, MANIFEST = "config.json", "metrics.jsonl", "manifest.json"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+IDENTITY = (
+    "preset",
+    "resolution",
+    "image_mode",
+    "background",
+    "center_crop",
+    "random_flip",
+    "dropout",
+    "ddpm_num_steps",
+    "ddpm_beta_schedule",
+    "prediction_type",
+    "snr_gamma",
+    "timestep_sampler",
+    "optimizer",
+    "learning_rate",
+    "muon_learning_rate",
+    "muon_momentum",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_weight_decay",
+    "adam_epsilon",
+    "max_grad_norm",
+    "use_ema",
+    "seed",
+    "global_batch_size",
+    "data_fingerprint",
+)
+"""What makes a run the run that it is: it may not change between two starts in the same folder."""
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint read back: `tensors[group][name]` and the JSON state."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+) -> Path:
+    """Write `checkpoint-<step>` atomically; one that stands there already is replaced.
+
+    Args:
+        run_dir: Folder of the run.
+        step: Optimiser steps done.
+        tensors: Groups of named tensors, one safetensors file each.
+        state: Whatever else resuming needs, as JSON.
+
+    Raises:
+        OSError: it could not be written; earlier checkpoints are untouched and no partial one
+            remains.
+    """
+    final = run_dir / f"checkpoint-{step}"
+    partial = run_dir / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        for group, named in tensors.items():
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()},
+                partial / f"{group}.safetensors",
+            )
+        (partial / "state.json").write_text(json.dumps(state, indent=2))
+        sums = {path.name: checksum(path) for path in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=2))
+        for path in [*partial.iterdir(), partial]:
+            flush(path)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        flush(run_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    found = [
+        path for path in run_dir.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()
+    ]
+    return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[1]))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if every file is as it was written."""
+    try:
+        sums = json.loads((folder / MANIFEST).read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST} cannot be read ({type(error).__name__})"
+    for name, expected in sums.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if checksum(folder / name) != expected:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint after verifying it.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    wrong = damage(folder)
+    if wrong:
+        raise InputError(f"checkpoint {folder} is damaged: {wrong}")
+    tensors = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
+    step = json.loads((folder / MANIFEST).read_text())["step"]
+    return Checkpoint(step, tensors, json.loads((folder / "state.json").read_text()))
+
+
+def find_latest(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, or None; and what is wrong with the newer ones that
+    were passed over.
+    """
+    passed_over = []
+    for folder in reversed(list_checkpoints(run_dir)):
+        wrong = damage(folder)
+        if not wrong:
+            return folder, passed_over
+        passed_over.append(f"{folder.name} is damaged: {wrong}")
+    return None, passed_over
+
+
+def rotate(run_dir: Path, limit: int | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`."""
+    if limit is not None:
+        for folder in list_checkpoints(run_dir)[:-limit]:
+            shutil.rmtree(folder)
+
+
+def split_optimizer(optimizer: optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as (named tensors, JSON): `3.exp_avg` is parameter 3's."""
+    state = optimizer.state_dict()
+    tensors, rest = {}, {"param_groups": state["param_groups"], "state": {}}
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value
+            else:
+                rest["state"].setdefault(str(index), {})[key] = value
+    return tensors, rest
+
+
+def join_optimizer(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `split_optimizer`: what `load_state_dict` takes."""
+    state: dict[int, dict[str, Any]] = {
+        int(index): dict(entries) for index, entries in rest["state"].items()
+    }
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    return {"state": state, "param_groups": rest["param_groups"]}
+
+
+# The folder around the checkpoints
+
+
+def compare_runs(directory: Path, settings: dict[str, Any]) -> list[str]:
+    """Compare the settings with those of the run in a folder; returns a line per harmless
+    difference.
+
+    Raises:
+        InputError: the folder is in use by something else, or by a run with another identity.
+    """
+    if not directory.exists() or not any(directory.iterdir()):
+        return []
+    try:
+        before = json.loads((directory / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"output_dir {directory} is not empty and holds no run of ddpm_hf: name another folder"
+        ) from error
+    different = {
+        key: (before.get(key), settings[key])
+        for key in settings
+        if before.get(key) != settings[key]
+    }
+    clashes = [
+        f"{key} was {a!r}, now {b!r}" for key, (a, b) in different.items() if key in IDENTITY
+    ]
+    if clashes:
+        raise InputError(
+            f"the run in {directory} is another one: {'; '.join(clashes)}. Name another "
+            f"--output_dir, or start afresh "
+            "with --overwrite_output_dir"
+        )
+    control = ("dry_run", "overwrite_output_dir", "resume_from_checkpoint")
+    return [
+        f"Changed: {key} was {a!r}, now {b!r}"
+        for key, (a, b) in different.items()
+        if key not in control
+    ]
+
+
+def clear_run(directory: Path) -> None:
+    """Delete a run's own files; refuses a folder without a run in it.
+
+    Raises:
+        InputError: the folder is not empty and holds no run.
+    """
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    if not (directory / CONFIG).is_file():
+        raise InputError(
+            f"overwrite_output_dir: {directory} holds no run of ddpm_hf; delete it yourself"
+        )
+    logging_dir = json.loads((directory / CONFIG).read_text()).get("logging_dir", "logs")
+    for name in [
+        "unet",
+        "scheduler",
+        "samples",
+        logging_dir,
+        *(p.name for p in list_checkpoints(directory)),
+    ]:
+        shutil.rmtree(directory / name, ignore_errors=True)
+    for name in ("model_index.json", "loss_curve.png", METRICS, CONFIG):
+        (directory / name).unlink(missing_ok=True)
+
+
+def keep_metrics(path: Path, step: int) -> None:
+    """Drop the lines of steps that were lost with a stop and will be done again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text(
+            "".join(
+                line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step
+            )
+        )

@@ -1,0 +1,102 @@
+"""`ddpm-hf train | sample`: each verb a few lines over the Python call.
+
+Exit codes: 0 done; 2 input that its user can mend, said in one line.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from .errors import InputError, check_choice
+
+
+def train_command(argv: list[str]) -> None:
+    """Train; the flags are the fields of TrainingConfig."""
+    from .config import parse_config
+
+    config = parse_config(argv)
+    if config.dry_run:
+        print(json.dumps(asdict(config), indent=2))
+        return
+    from .training import train
+
+    train(config)
+
+
+def sample_command(argv: list[str]) -> None:
+    """Sample images from a trained pipeline."""
+    parser = _Parser("ddpm-hf sample", description=sample_command.__doc__)
+    add = parser.add_argument
+    add("pipeline", metavar="REPO_OR_FOLDER", help="Hub id, or folder of a run.")
+    add("--num_images", type=int, default=64, help="How many images (default: %(default)s).")
+    add("--batch_size", type=int, default=64, help="How many at once (default: %(default)s).")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="Image i is drawn from (seed, i) (default: %(default)s).",
+    )
+    add("--num_inference_steps", type=int, help="Denoising steps (default: all for ddpm, else 50).")
+    add("--scheduler", help="ddpm, ddim, dpm++, unipc, euler, heun or pndm (default: as saved).")
+    add("--output", help="Folder for PNGs, or a .npy or .npz file.")
+    add("--grid", help="Picture of the first 64 images.")
+    args = parser.parse_args(argv)
+    if args.output is None and args.grid is None:
+        parser.error("name what to write: --output, --grid or both")
+    from .sampling import load_pipeline, sample_to
+
+    pipe = load_pipeline(args.pipeline, args.scheduler)
+    all_steps = pipe.scheduler.config.num_train_timesteps
+    ancestral = type(pipe.scheduler).__name__ == "DDPMScheduler"
+    sample_to(
+        args.output,
+        pipe,
+        args.num_images,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        num_inference_steps=args.num_inference_steps
+        or (all_steps if ancestral else min(50, all_steps)),
+        grid=args.grid,
+    )
+    print("\n".join(f"Wrote {path}" for path in (args.output, args.grid) if path))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are InputError, one line; no abbreviated flags."""
+
+    def __init__(self, prog: str, **options) -> None:
+        super().__init__(prog, allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise InputError(message)
+
+
+VERBS = {"train": train_command, "sample": sample_command}
+
+
+def run(command, argv: list[str], name: str) -> int:
+    """Run a command; input that its user can mend becomes one line and exit code 2."""
+    try:
+        command(argv)
+    except InputError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `ddpm-hf`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(
+            "Usage: ddpm-hf VERB ...\n\n"
+            + "\n".join(f"  {verb:8}{f.__doc__}" for verb, f in VERBS.items())
+        )
+        print("\n`ddpm-hf VERB --help` lists the flags of a verb.")
+        return 0
+    return run(
+        lambda words: (check_choice("verb", argv[0], VERBS), VERBS[argv[0]](words)),
+        argv[1:],
+        "ddpm-hf",
+    )

@@ -1,0 +1,411 @@
+"""TrainingConfig: every setting of a run, its default with the reason, and how the layers are put
+together.
+
+Layers, the later wins: defaults < preset < recipe file < flags. Each layer is turned into
+command-line words and parsed once, so that a type is checked in one place wherever a value comes
+from (YAML reads `1e-4` as text). Imports neither torch nor diffusers: `--help` is instant.
+"""
+
+import json
+import typing
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import InputError, check_choice, did_you_mean
+from .presets import BETA_SCHEDULES, DEFAULT_PROCESS, PRESETS
+
+RECIPES = Path(__file__).parent / "recipes"
+
+EMBEDDED = "embedded"
+"""`--dataset_name embedded`: the 6,000 images of Fashion-MNIST inside this package."""
+
+LR_SCHEDULERS = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+)  # fmt: skip
+
+INFINITY = float("inf")
+_ANY, _COUNT, _FRACTION = (0, INFINITY), (1, INFINITY), (0, 1)
+RANGES: dict[str, tuple[float, float]] = {
+    "dataloader_num_workers": _ANY,
+    "ddpm_num_steps": (2, INFINITY),
+    "snr_gamma": _ANY,
+    "dropout": _FRACTION,
+    "train_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "num_epochs": _COUNT,
+    "max_train_steps": _COUNT,
+    "learning_rate": _ANY,
+    "muon_learning_rate": _ANY,
+    "muon_momentum": (0, 0.9999),
+    "lr_warmup_steps": _ANY,
+    "adam_beta1": (0, 0.999999),
+    "adam_beta2": (0, 0.999999),
+    "adam_weight_decay": _ANY,
+    "adam_epsilon": _ANY,
+    "max_grad_norm": _ANY,
+    "ema_inv_gamma": (1e-9, INFINITY),
+    "ema_power": _ANY,
+    "ema_max_decay": _FRACTION,
+    "ema_min_decay": _FRACTION,
+    "seed": _ANY,
+    "checkpointing_steps": _COUNT,
+    "checkpoints_total_limit": _COUNT,
+    "save_images_epochs": _ANY,
+    "save_model_epochs": _ANY,
+    "eval_batch_size": _COUNT,
+    "ddpm_num_inference_steps": _COUNT,
+    "logging_steps": _COUNT,
+}
+"""Smallest and largest value of every number."""
+
+
+def arg(default: Any, help: str) -> Any:
+    """A field with a default and the text that `--help` shows."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainingConfig:
+    """All settings of `ddpm_hf.train`, under the names of diffusers' train_unconditional.py where
+    it has one.
+
+    The defaults are the recipe `default`: what measured best for a user's own images (docs/log.md
+    holds the numbers).
+
+    Raises:
+        InputError: a number out of range, or settings that exclude each other.
+    """
+
+    # What to train
+    recipe: str = arg(
+        "default",
+        "Name of a recipe in ddpm_hf/recipes, or the path of a YAML file with these settings.",
+    )
+    preset: str = arg(
+        "auto", "Network and process: a row of ddpm_hf.PRESETS. `auto` is sized by --resolution."
+    )
+
+    # Images
+    dataset_name: str | None = arg(
+        None,
+        "Image set: a Hub id, a local folder or parquet file that `datasets` can load, or "
+        "`embedded` for the "
+        "Fashion-MNIST images in this package.",
+    )
+    dataset_config_name: str | None = arg(None, "Configuration of the data set, if it has several.")
+    train_data_dir: str | None = arg(None, "A folder of images, searched with its sub-folders.")
+    split: str = arg(
+        "train", "Split of the data set, for example `train`, `train+test` or `train[:1000]`."
+    )
+    image_column: str | None = arg(
+        None, "Column with the images; found by its type when not given."
+    )
+    cache_dir: str | None = arg(None, "Where `datasets` keeps downloads and decoded images.")
+    resolution: str = arg(
+        "64", "Size of the training images: `64`, or height x width as in `32x48`."
+    )
+    center_crop: bool = arg(
+        False, "Crop the centre of an image; the default is a random crop, new at every visit."
+    )
+    random_flip: bool = arg(False, "Flip images left to right at random.")
+    image_mode: Literal["auto", "L", "RGB"] = arg(
+        "auto",
+        "Train on grey (L) or colour (RGB) images; auto is RGB as soon as one image has colour.",
+    )
+    background: str = arg("white", "Colour put behind transparent images: a name or #rrggbb.")
+    corrupt_images: Literal["raise", "skip"] = arg(
+        "raise",
+        "What to do about files that cannot be decoded: stop and name them, or name, count and "
+        "skip them.",
+    )
+    dataloader_num_workers: int = arg(
+        0, "Processes that decode the images, once, before training; 0: this one."
+    )
+
+    # Process and objective. v-prediction with the cosine schedule stays stable under every sampler
+    # and few steps.
+    ddpm_num_steps: int = arg(DEFAULT_PROCESS["ddpm_num_steps"], "T, the number of noise levels.")
+    ddpm_beta_schedule: Literal[BETA_SCHEDULES] = arg(  # type: ignore[valid-type]
+        DEFAULT_PROCESS["ddpm_beta_schedule"],
+        "Noise schedule; linear ones are rescaled when T is not 1000.",
+    )
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = arg(
+        DEFAULT_PROCESS["prediction_type"],
+        "What the network predicts: the noise, the clean image, or v.",
+    )
+    variance_type: Literal["fixed_small", "fixed_large"] = arg(
+        DEFAULT_PROCESS["variance_type"],
+        "Variance of the reverse steps when sampling; fixed_large (Ho et al.) is for 1000 steps "
+        "only.",
+    )
+    snr_gamma: float = arg(
+        5.0,
+        "Weight the loss by min(SNR, gamma), Hang et al. 2023; 0 is the plain L_simple. Better at "
+        "equal time.",
+    )
+    timestep_sampler: Literal["stratified", "uniform"] = arg(
+        "stratified",
+        "Timesteps of a batch: one in each equal share of [0, T), or independent. Less gradient "
+        "noise.",
+    )
+    dropout: float = arg(0.0, "Dropout in the residual blocks; the paper uses 0.1 on CIFAR-10.")
+
+    # Optimisation
+    train_batch_size: int = arg(32, "Images per device and micro-step.")
+    gradient_accumulation_steps: int = arg(1, "Micro-steps per optimiser step.")
+    num_epochs: int = arg(
+        100, "Passes over the images; without effect when --max_train_steps is given."
+    )
+    max_train_steps: int | None = arg(None, "Optimiser steps; overrides --num_epochs.")
+    optimizer: Literal["adamw", "muon"] = arg(
+        "adamw", "adamw, or muon: orthogonalised momentum on the convolutions, AdamW on the rest."
+    )
+    learning_rate: float = arg(2e-4, "Learning rate of AdamW.")
+    muon_learning_rate: float = arg(
+        0.02, "Learning rate of the convolutions under --optimizer muon."
+    )
+    muon_momentum: float = arg(
+        0.95, "Nesterov momentum of the convolutions under --optimizer muon."
+    )
+    lr_scheduler: Literal[LR_SCHEDULERS] = arg(  # type: ignore[valid-type]
+        "cosine", "Learning-rate schedule over all optimiser steps, as diffusers names them."
+    )
+    lr_warmup_steps: int = arg(500, "Optimiser steps of linear warm-up.")
+    adam_beta1: float = arg(0.9, "AdamW's beta1 (Ho et al.; stock's 0.95 measured no better).")
+    adam_beta2: float = arg(0.999, "AdamW's beta2.")
+    adam_weight_decay: float = arg(0.0, "AdamW's weight decay; 0 is Adam, as in the paper.")
+    adam_epsilon: float = arg(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = arg(1.0, "Clip the gradient of all parameters to this norm; 0 is off.")
+    use_ema: bool = arg(
+        True,
+        "Average the weights over training and save the average: FID 12 becomes 3 in the paper.",
+    )
+    ema_inv_gamma: float = arg(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma) ** -power.")
+    ema_power: float = arg(0.75, "EMA warm-up, see above.")
+    ema_max_decay: float = arg(0.9999, "Largest EMA decay.")
+    ema_min_decay: float = arg(
+        0.0, "Smallest EMA decay; equal to --ema_max_decay it is constant from step 1 (Ho)."
+    )
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = arg(
+        "auto",
+        "Precision of the network; auto: bf16 on a GPU that has it, else no. All other maths is "
+        "float32.",
+    )
+    seed: int = arg(0, "Seed of the weights, data order, crops, flips, timesteps and noise.")
+    cpu_threads: str = arg(
+        "auto", "Threads for computing on a CPU; auto: cores / processes on this machine."
+    )
+
+    # Output
+    output_dir: str | None = arg(None, "Folder of the run; out/<recipe> when not given.")
+    overwrite_output_dir: bool = arg(
+        False, "Start afresh: delete the run that stands in --output_dir."
+    )
+    resume_from_checkpoint: str | None = arg(
+        None, "`latest`, or a checkpoint's folder. The same command run again continues by itself."
+    )
+    checkpointing_steps: int = arg(500, "Save the state of training every so many optimiser steps.")
+    checkpoints_total_limit: int | None = arg(2, "Keep so many checkpoints, the newest.")
+    save_images_epochs: int = arg(
+        10, "Save a grid of samples every so many epochs, and at the end; 0: at the end."
+    )
+    save_model_epochs: int = arg(
+        10, "Save the pipeline every so many epochs, and at the end; 0: at the end."
+    )
+    eval_batch_size: int = arg(16, "Images in a grid of samples.")
+    ddpm_num_inference_steps: int = arg(100, "Denoising steps of the sampled grids.")
+    logger: Literal["tensorboard", "wandb", "none"] = arg(
+        "tensorboard", "Where the curves are logged."
+    )
+    logging_dir: str = arg("logs", "Folder of the logs, inside --output_dir.")
+    logging_steps: int = arg(10, "Log the loss every so many optimiser steps, as their mean.")
+    dry_run: bool = arg(False, "Print the resolved configuration and stop.")
+
+    def __post_init__(self) -> None:
+        check_choice("preset", self.preset, PRESETS)
+        for f in fields(self):
+            hint = typing.get_type_hints(type(self))[f.name]
+            if typing.get_origin(hint) is Literal:
+                check_choice(f.name, getattr(self, f.name), typing.get_args(hint))
+        self.image_size  # noqa: B018  parsing is the check
+        self._check_ranges()
+        if self.dataset_name and self.train_data_dir:
+            raise InputError(
+                f"name one image set: got dataset_name={self.dataset_name!r} and train_data_dir="
+                f"{self.train_data_dir!r}"
+            )
+        if self.cpu_threads != "auto" and not (
+            self.cpu_threads.isdigit() and int(self.cpu_threads) > 0
+        ):
+            raise InputError(
+                f"cpu_threads must be auto or a number of threads; got {self.cpu_threads!r}"
+            )
+        if self.ema_min_decay > self.ema_max_decay:
+            raise InputError(
+                f"ema_min_decay must not exceed ema_max_decay; got {self.ema_min_decay} and "
+                f"{self.ema_max_decay}"
+            )
+
+    def _check_ranges(self) -> None:
+        """Raise InputError for the first number out of range."""
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                limit = f"between {low} and {high}" if high < INFINITY else f"at least {low}"
+                raise InputError(f"{name} must be {limit}; got {value}")
+        if self.ddpm_num_inference_steps > self.ddpm_num_steps:
+            raise InputError(
+                f"ddpm_num_inference_steps must be at most ddpm_num_steps={self.ddpm_num_steps}; "
+                f"got {self.ddpm_num_inference_steps}"
+            )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the training images."""
+        sides = str(self.resolution).lower().split("x")
+        if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+            raise InputError(
+                f"resolution must be a number or HEIGHTxWIDTH, like 64 or 32x48; got "
+                f"{self.resolution!r}"
+            )
+        return int(sides[0]), int(sides[-1])
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(self.output_dir or Path("out") / Path(self.recipe).stem)
+
+    @classmethod
+    def from_recipe(cls, recipe: str, **settings) -> "TrainingConfig":
+        """A recipe, by name or path, with some settings changed; types are checked as for flags.
+
+        Raises:
+            InputError: an unknown recipe or setting, or a value of the wrong type.
+        """
+        return parse_config(["--recipe", recipe, *as_words(settings, "from_recipe")])
+
+    def save(self, path: Path) -> None:
+        """Write all settings as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def field_names() -> list[str]:
+    """Names of all settings."""
+    return [f.name for f in fields(TrainingConfig)]
+
+
+def as_words(settings: dict[str, Any], source: str) -> list[str]:
+    """Settings as command-line words: {"seed": 1} -> ["--seed", "1"]. `source` is named in errors.
+
+    Raises:
+        InputError: an unknown setting, with the nearest known one, or a value that is no single
+            word.
+    """
+    words = []
+    for name, value in settings.items():
+        if name not in field_names():
+            raise InputError(
+                f"{source}: unknown setting {name!r}.{did_you_mean(name, field_names())}"
+            )
+        if value is None or isinstance(value, (dict, list, tuple)):
+            raise InputError(
+                f"{source}: {name} must be a number, text, true or false; got {value!r}"
+            )
+        words += [f"--{name}", str(value)]
+    return words
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes in this package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The settings in a recipe file of this package, by name, or in any YAML file, by path.
+
+    Raises:
+        InputError: no such recipe, or a file that is no mapping of settings.
+    """
+    import yaml
+
+    path = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name)
+    if not path.is_file():
+        raise InputError(
+            f"recipe {name!r} is neither a file nor one of {', '.join(recipe_names())}."
+            f"{did_you_mean(name, recipe_names())}"
+        )
+    try:
+        settings = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"recipe {path} is no valid YAML: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(settings, dict):
+        raise InputError(
+            f"recipe {path} must hold `setting: value` lines; got {type(settings).__name__}"
+        )
+    if "recipe" in settings:
+        raise InputError(f"recipe {path} names another recipe; copy what it needs instead")
+    return settings
+
+
+def make_parser():
+    """The parser of all flags; its errors are InputError, one line each."""
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> typing.NoReturn:
+            raise InputError(message)
+
+    return Parser(
+        TrainingConfig,
+        allow_abbrev=False,
+        prog="train_accelerate.py",
+        description="Train a denoising diffusion model of images. Without flags: five minutes "
+        "on the embedded "
+        f"Fashion-MNIST images. Recipes: {', '.join(recipe_names())}.",
+    )
+
+
+def parse_config(argv: list[str]) -> TrainingConfig:
+    """Resolve command-line words into a configuration: defaults < preset < recipe file < flags.
+
+    Without a recipe, `default` applies where an image set is named, and `fashion-quick` where
+    nothing is.
+
+    Raises:
+        InputError: an unknown flag, recipe or setting, or a value that does not fit.
+        SystemExit: `--help`.
+    """
+    parser = make_parser()
+    given = _given(argv)
+    names_data = given.get("dataset_name") or given.get("train_data_dir")
+    recipe = given.get("recipe") or ("default" if names_data else "fashion-quick")
+    settings = read_recipe(recipe)
+    if names_data:  # the user's images, not the recipe's
+        for name in ("dataset_name", "dataset_config_name", "train_data_dir"):
+            settings.pop(name, None)
+    preset = given.get("preset") or str(settings.get("preset", "auto"))
+    check_choice("preset", preset, PRESETS)
+    words = as_words(PRESETS[preset].settings, f"preset {preset}") + as_words(
+        settings, f"recipe {recipe}"
+    )
+    (config, unknown) = parser.parse_args_into_dataclasses(
+        [*words, *argv, "--recipe", recipe], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        flag = unknown[0].split("=")[0].lstrip("-")
+        raise InputError(f"unknown flag {unknown[0]!r}.{did_you_mean(flag, field_names())}")
+    return config
+
+
+def _given(argv: list[str]) -> dict[str, str]:
+    """What the command line says of the settings that decide about the layers below it."""
+    given = {}
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in ("recipe", "preset", "dataset_name", "train_data_dir"):
+            given[name] = value if equals else after
+    return given

@@ -1,0 +1,123 @@
+"""Pure tensor maths: beta schedules, Gaussians, and the one place where a coefficient meets an
+image.
+
+Schedules are float64 on the CPU. A coefficient is finished in float64 and then cast, moved and
+reshaped by `like`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def like(coefficient: Tensor, x: Tensor) -> Tensor:
+    """Cast, move and reshape a per-image coefficient so that it multiplies images.
+
+    Args:
+        coefficient: (B,), or () for the whole batch, or (B, C, H, W); finished, on any device.
+        x: (B, ...). Half-precision x gets float32 coefficients: a noise level is never rounded to
+            bfloat16.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if coefficient.ndim < x.ndim:
+        coefficient = coefficient.reshape(-1, *[1] * (x.ndim - 1))
+    return coefficient.to(dtype).to(x.device)
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """Mean over everything but the batch: (B, ...) -> (B,)."""
+    return x.flatten(1).mean(1)
+
+
+def mix_seed(*numbers: int) -> int:
+    """One 64-bit seed from several numbers, each of which changes it beyond recognition."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian over images. `log_variance` broadcasts against `mean` (B, C, H, W)."""
+
+    mean: Tensor
+    log_variance: Tensor
+
+    def sample(self, eps: Tensor) -> Tensor:
+        """mean + standard deviation * eps, for eps ~ N(0, I) of the mean's shape."""
+        return self.mean + (0.5 * self.log_variance).exp() * eps
+
+
+def linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
+    """Ho et al. 2020, section 4: beta_1 = 1e-4 to beta_T = 0.02, made for T = 1000."""
+    return torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+
+
+def scaled_linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
+    """Linear in sqrt(beta): Rombach et al. 2022 (latent diffusion)."""
+    return linear_betas(num_timesteps, beta_start**0.5, beta_end**0.5) ** 2
+
+
+def sigmoid_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
+    """A sigmoid from beta_start to beta_end: Xu et al. 2022 (GeoDiff), as diffusers' word `sigmoid`
+    means it.
+    """
+    ramp = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
+    return ramp * (beta_end - beta_start) + beta_start
+
+
+def betas_from_alpha_bar(alpha_bar: Callable[[float], float], num_timesteps: int) -> Tensor:
+    """The betas whose cumulative product follows alpha_bar(u), u in [0, 1], each at most 0.999."""
+    grid = [alpha_bar(i / num_timesteps) for i in range(num_timesteps + 1)]
+    betas = [min(1 - after / before, 0.999) for before, after in zip(grid, grid[1:], strict=False)]
+    return torch.tensor(betas, dtype=torch.float64)
+
+
+def cosine_betas(num_timesteps: int) -> Tensor:
+    """Nichol & Dhariwal 2021, eq. (17), with s = 0.008."""
+    return betas_from_alpha_bar(
+        lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, num_timesteps
+    )
+
+
+def laplace_betas(num_timesteps: int) -> Tensor:
+    """Hang et al. 2024, in the form that diffusers' word `laplace` means (the square root is
+    diffusers').
+    """
+
+    def alpha_bar(u: float) -> float:
+        log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
+        return math.sqrt(1 / (1 + math.exp(-log_snr)))
+
+    return betas_from_alpha_bar(alpha_bar, num_timesteps)
+
+
+def make_betas(
+    schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> Tensor:
+    """Betas of a named schedule, (T,) float64.
+
+    Args:
+        schedule: linear, scaled_linear, squaredcos_cap_v2 (diffusers' word for cosine), cosine,
+            sigmoid or laplace.
+        num_timesteps: T.
+        beta_start, beta_end: First and last beta; without effect on cosine and laplace.
+
+    Raises:
+        ValueError: unknown schedule.
+    """
+    match schedule:
+        case "linear":
+            return linear_betas(num_timesteps, beta_start, beta_end)
+        case "scaled_linear":
+            return scaled_linear_betas(num_timesteps, beta_start, beta_end)
+        case "squaredcos_cap_v2" | "cosine":
+            return cosine_betas(num_timesteps)
+        case "sigmoid":
+            return sigmoid_betas(num_timesteps, beta_start, beta_end)
+        case "laplace":
+            return laplace_betas(num_timesteps)
+    raise ValueError(
+        f"beta_schedule must be linear, scaled_linear, cosine, sigmoid or laplace; got {schedule!r}"
+    )

@@ -1,0 +1,218 @@
+"""DDPMPipeline: one denoising loop for every diffusers scheduler, and pictures of what it makes."""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import ImagePipelineOutput, UNet2DModel
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from .scheduler import DDPMScheduler
+
+logger = logging.get_logger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "numpy", "pt")
+
+
+class DenoisingStep(NamedTuple):
+    """One step of the reverse process: the timestep it left, x_s after it, and the clean image
+    predicted before it.
+    """
+
+    t: int | float
+    x_s: Tensor
+    x_0_hat: Tensor
+
+
+class DDPMPipeline(diffusers.DDPMPipeline):
+    """`diffusers.DDPMPipeline` that samples any image shape, in any precision, with any diffusers
+    scheduler.
+
+    What it saves opens with plain diffusers. Images stay float32 through the whole chain whatever
+    the network's precision, and a scheduler that takes no generator can be swapped in. `denoise`
+    gives every step.
+
+    Args:
+        unet: The network.
+        scheduler: Any diffusers scheduler; a plain `diffusers.DDPMScheduler` becomes this
+            package's.
+    """
+
+    def __init__(self, unet: UNet2DModel, scheduler) -> None:
+        if type(scheduler) is diffusers.DDPMScheduler:
+            scheduler = DDPMScheduler.from_config(scheduler.config)
+        super().__init__(unet=unet, scheduler=scheduler)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 1000,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Algorithm 2: sample images.
+
+        Args:
+            batch_size: Number of images.
+            generator: One for the batch, or a list with one per image: then image i does not depend
+                on the others.
+            num_inference_steps: Denoising steps, at most the number of trained timesteps.
+            output_type: `pil`; `np`, (B, H, W, C) float32 in [0, 1]; or `pt`, (B, C, H, W).
+            return_dict: False returns (images,).
+
+        Raises:
+            ValueError: unknown output type, or a list of generators of another length than the
+                batch.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(
+                f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}"
+            )
+        steps = self.denoise(
+            batch_size, generator=generator, num_inference_steps=num_inference_steps
+        )
+        for last in steps:  # noqa: B007  the last step is the result
+            pass
+        images = (last.x_s / 2 + 0.5).clamp(0, 1)
+        if output_type != "pt":
+            images = images.cpu().permute(0, 2, 3, 1).numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        batch_size: int = 1,
+        *,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 1000,
+    ) -> Iterator[DenoisingStep]:
+        """The reverse process, step by step; the last x_s is the image, in [-1, 1].
+
+        x_0_hat is computed from the network's output whatever the scheduler, unclipped for those
+        that do not clip.
+
+        Raises:
+            ValueError: batch_size < 1, or a list of generators of another length.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"pass one generator per image: got {len(generator)} for batch_size={batch_size}"
+            )
+        scheduler, device = self.scheduler, self._execution_device
+        self._set_timesteps(num_inference_steps, device)
+        process = self._process()
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        options = {"generator": generator} if takes_generator else {}
+
+        x_t = self._draw((batch_size, *self.image_shape), generator, device) * float(
+            scheduler.init_noise_sigma
+        )
+        for t in self.progress_bar(scheduler.timesteps):
+            x_in = scheduler.scale_model_input(x_t, t)
+            output = self.unet(x_in.to(self.unet.dtype), t).sample.float()
+            prediction, _ = process.split_output(output, x_t.shape[1])
+            x_0_hat = process.clip_x_0(process.to_x_0(prediction, x_in, t.item()))
+            x_t = scheduler.step(
+                self._understood(output, prediction), t, x_t, **options
+            ).prev_sample
+            yield DenoisingStep(t.item(), x_t, x_0_hat)
+
+    def _process(self) -> DDPMScheduler:
+        """The diffusion process that the scheduler samples from, as this package's scheduler."""
+        if isinstance(self.scheduler, DDPMScheduler):
+            return self.scheduler
+        config = dict(self.scheduler.config)
+        config["variance_type"] = (
+            config.get("variance_type") or "fixed_small"
+        )  # DPM-Solver's default is None
+        return DDPMScheduler.from_config(config)
+
+    def _draw(self, shape: tuple[int, ...], generator, device: torch.device) -> Tensor:
+        """Standard normal float32 noise; for MPS it is drawn on the CPU, reproducibly."""
+        where = torch.device("cpu") if device.type == "mps" else device
+        return randn_tensor(shape, generator=generator, device=where, dtype=torch.float32).to(
+            device
+        )
+
+    def _understood(self, output: Tensor, prediction: Tensor) -> Tensor:
+        """What the scheduler's `step` can read: most of diffusers' know no learned variance."""
+        knows = isinstance(self.scheduler, (DDPMScheduler, diffusers.DPMSolverMultistepScheduler))
+        return output if knows else prediction
+
+    def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
+        """Set the scheduler's timesteps, and warn where they start well below the noise that
+        sampling starts from.
+        """
+        config = self.scheduler.config
+        trained = config.num_train_timesteps
+        if not 1 <= num_inference_steps <= trained:
+            raise ValueError(
+                f"num_inference_steps must be between 1 and the {trained} trained timesteps; got "
+                f"{num_inference_steps}"
+            )
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if (
+            config.get("timestep_spacing") == "leading"
+            and trained / 2 < num_inference_steps < trained
+        ):
+            logger.warning(
+                f"timestep_spacing='leading' starts {num_inference_steps} steps at timestep "
+                f"{num_inference_steps - 1} "
+                f"of {trained}, where an image is not yet pure noise: the samples will be poor. "
+                f"Use 'trailing': "
+                "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, "
+                "timestep_spacing='trailing')"
+            )
+
+
+def image_grid(images: list[Image.Image], columns: int | None = None) -> Image.Image:
+    """Images of one size side by side on white, two pixels apart; small ones are enlarged to at
+    least 56 pixels.
+    """
+    columns = min(len(images), columns or int(np.ceil(len(images) ** 0.5)))
+    width, height = images[0].size
+    zoom = max(1, -(-56 // max(width, height)))
+    cell_w, cell_h = width * zoom + 2, height * zoom + 2
+    mode = images[0].mode if images[0].mode == "L" else "RGB"
+    grid = Image.new(mode, (columns * cell_w + 2, -(-len(images) // columns) * cell_h + 2), "white")
+    for k, image in enumerate(images):
+        tile = image.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        grid.paste(tile, (k % columns * cell_w + 2, k // columns * cell_h + 2))
+    return grid
+
+
+def save_image_grid(images: Any, path: str | Path) -> Path:
+    """Save images as one picture; a file name's ending chooses the format.
+
+    Args:
+        images: PIL images, or a tensor (B, C, H, W) in [-1, 1].
+        path: The file; its folder is made.
+    """
+    if isinstance(images, Tensor):
+        pixels = ((images.float() / 2 + 0.5).clamp(0, 1)).permute(0, 2, 3, 1).cpu().numpy()
+        images = diffusers.DDPMPipeline.numpy_to_pil(pixels)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image_grid(images).save(path)
+    return path

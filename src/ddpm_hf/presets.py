@@ -1,0 +1,301 @@
+"""Networks and processes as a table: every published model that a recipe trains, with its source
+and parameter count.
+
+Plain data: torch and diffusers are imported inside the functions that build. `settings` use the
+names of TrainingConfig's fields, so that a preset is one layer of the configuration (defaults <
+preset < recipe < flags).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import InputError, check_choice
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+    from torch import nn
+
+    from .scheduler import DDPMScheduler
+
+# What Ho et al.'s TensorFlow network means in UNet2DModel's arguments: GroupNorm with eps 1e-6,
+# timestep embeddings [sin, cos] over half - 1 frequencies, stride-2 convolutions padded bottom and
+# right, one attention head.
+HO_BLOCKS = dict(
+    layers_per_block=2,
+    norm_eps=1e-6,
+    freq_shift=1,
+    flip_sin_to_cos=False,
+    downsample_padding=0,
+    attention_head_dim=None,
+)
+DEFAULT_PROCESS = dict(
+    ddpm_num_steps=1000,
+    ddpm_beta_schedule="cosine",
+    prediction_type="v_prediction",
+    variance_type="fixed_small",
+)
+HO_PROCESS = dict(ddpm_num_steps=1000, ddpm_beta_schedule="linear", prediction_type="epsilon")
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "cosine", "squaredcos_cap_v2", "sigmoid", "laplace")
+
+# Channels by number of levels, Ho et al.'s where they have one: 4 levels for CIFAR-10, 6 for
+# 256x256.
+AUTO_CHANNELS = {
+    1: (128,),
+    2: (128, 256),
+    3: (128, 256, 256),
+    4: (128, 256, 256, 256),
+    5: (128, 128, 256, 256, 512),
+    6: (128, 128, 256, 256, 512, 512),
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A network and the process that it was trained with.
+
+    Attributes:
+        source: Where the numbers come from.
+        parameters: The network's parameter count at its own resolution and channels (tested); None
+            for `auto`.
+        blocks: Arguments of UNet2DModel that are the same at every resolution.
+        channels: block_out_channels, one entry a level; empty for `auto`, which sizes itself by the
+            resolution.
+        attention: Levels with self-attention (0 is full resolution).
+        zero_init: Ho et al.'s initialisation (`initialise`) rather than PyTorch's.
+        settings: The layer that it adds to a TrainingConfig.
+    """
+
+    source: str
+    parameters: int | None
+    blocks: dict
+    settings: dict
+    channels: tuple[int, ...] = ()
+    attention: tuple[int, ...] = ()
+    zero_init: bool = True
+
+
+PRESETS: dict[str, Preset] = {
+    "auto": Preset(
+        source="Ho et al. 2020's blocks, sized by the resolution (`auto_levels`)",
+        parameters=None,
+        blocks=HO_BLOCKS,
+        settings={},
+    ),
+    "cifar10": Preset(
+        source="Ho et al. 2020, appendix B: 35.7M parameters; constants of their run_cifar.py",
+        parameters=35_746_307,
+        blocks=HO_BLOCKS,
+        channels=(128, 256, 256, 256),
+        attention=(1,),
+        settings=dict(HO_PROCESS, resolution="32", variance_type="fixed_large", dropout=0.1),
+    ),
+    "lsun": Preset(
+        source="Ho et al. 2020, appendix B: 114M parameters, LSUN and CelebA-HQ at 256x256",
+        parameters=113_673_219,
+        blocks=HO_BLOCKS,
+        channels=(128, 128, 256, 256, 512, 512),
+        attention=(4,),
+        settings=dict(HO_PROCESS, resolution="256", variance_type="fixed_large", dropout=0.0),
+    ),
+    "lsun-large": Preset(
+        source="Ho et al. 2020, appendix B: 256M parameters; base width 192 inferred from it",
+        parameters=255_677_955,
+        blocks=HO_BLOCKS,
+        channels=(192, 192, 384, 384, 768, 768),
+        attention=(4,),
+        settings=dict(HO_PROCESS, resolution="256", variance_type="fixed_large", dropout=0.0),
+    ),
+    "fashion-quick": Preset(
+        source="measured here: learns most in five minutes on two CPU cores (docs/log.md)",
+        parameters=1_124_161,
+        # Four or more channels a group: with 32 groups of one channel FD is 4.7 instead of 2.7.
+        blocks=dict(
+            HO_BLOCKS,
+            layers_per_block=1,
+            add_attention=False,
+            norm_num_groups=8,
+            resnet_time_scale_shift="scale_shift",
+        ),
+        channels=(32, 64, 64),
+        settings=dict(resolution="28", dropout=0.0),
+    ),
+    "diffusers-unconditional": Preset(
+        source="diffusers 0.42, examples/unconditional_image_generation/train_unconditional.py",
+        parameters=113_673_219,
+        blocks=dict(layers_per_block=2),
+        channels=(128, 128, 256, 256, 512, 512),
+        attention=(4,),
+        zero_init=False,
+        settings=dict(HO_PROCESS, resolution="64", variance_type="fixed_small", dropout=0.0),
+    ),
+}
+
+
+def auto_levels(resolution: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(channels, attention levels) for a resolution (height, width).
+
+    Halve while the shorter side is 8 or more and both are even, up to six levels; attend where the
+    shorter side is 9 to 16 pixels, as Ho et al. do at 16x16: that resolution holds objects, and
+    attention there is still cheap.
+    """
+    sides = [min(resolution)]
+    while (
+        sides[-1] >= 8
+        and len(sides) < 6
+        and all(side % 2 ** len(sides) == 0 for side in resolution)
+    ):
+        sides.append(sides[-1] // 2)
+    return AUTO_CHANNELS[len(sides)], tuple(i for i, side in enumerate(sides) if 8 < side <= 16)
+
+
+def unet_config(
+    preset: str = "auto",
+    *,
+    resolution: tuple[int, int] | None = None,
+    image_channels: int = 3,
+    dropout: float | None = None,
+    learned_variance: bool = False,
+) -> dict:
+    """Arguments of UNet2DModel for a preset.
+
+    Args:
+        preset: A key of PRESETS.
+        resolution: (height, width) of the images; the preset's own by default.
+        image_channels: 1 for grey, 3 for RGB.
+        dropout: The preset's own by default.
+        learned_variance: Twice the output channels: the prediction and a variance.
+
+    Raises:
+        InputError: unknown preset, no resolution for `auto`, or a resolution that the levels cannot
+            halve.
+    """
+    check_choice("preset", preset, PRESETS)
+    row = PRESETS[preset]
+    if resolution is None:
+        if "resolution" not in row.settings:
+            raise InputError(
+                "the auto preset is sized by the resolution: pass resolution=(height, width)"
+            )
+        resolution = (int(row.settings["resolution"]),) * 2
+    channels, attention = (row.channels, row.attention) if row.channels else auto_levels(resolution)
+    factor = 2 ** (len(channels) - 1)
+    if any(side % factor or side < factor for side in resolution):
+        down = tuple(max(factor, side - side % factor) for side in resolution)
+        raise InputError(
+            f"resolution {resolution[0]}x{resolution[1]} cannot be halved {len(channels) - 1} "
+            f"times, as the network "
+            f"of preset {preset!r} needs; use multiples of {factor}, for example "
+            f"{down[0]}x{down[1]}"
+        )
+    return dict(
+        row.blocks,
+        sample_size=resolution[0] if resolution[0] == resolution[1] else list(resolution),
+        in_channels=image_channels,
+        out_channels=image_channels * (2 if learned_variance else 1),
+        block_out_channels=channels,
+        down_block_types=tuple(
+            "AttnDownBlock2D" if i in attention else "DownBlock2D" for i in range(len(channels))
+        ),
+        up_block_types=tuple(
+            "AttnUpBlock2D" if i in attention else "UpBlock2D"
+            for i in reversed(range(len(channels)))
+        ),
+        dropout=row.settings.get("dropout", 0.0) if dropout is None else dropout,
+    )
+
+
+def build_unet(preset: str = "auto", **arguments) -> UNet2DModel:
+    """The network of a preset, initialised. Arguments and errors: those of `unet_config`."""
+    from diffusers import UNet2DModel
+
+    unet = UNet2DModel(**unet_config(preset, **arguments))
+    return initialise(unet) if PRESETS[preset].zero_init else unet
+
+
+def initialise(unet: nn.Module) -> nn.Module:
+    """Ho et al.'s initialisation, in place: fan-average uniform weights, zero biases, and zero
+    weights where a branch or the network ends, so that every residual block starts as the identity
+    and the output is exactly 0.
+
+    Their code scales the last kind by 1e-10 instead of 0.
+    """
+    import torch
+    from torch import nn
+
+    for name, module in unet.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if name.endswith((".conv2", ".to_out.0")) or name == "conv_out":
+                nn.init.zeros_(module.weight)
+            else:
+                nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                with torch.no_grad():
+                    module.bias.zero_()
+    return unet
+
+
+def build_scheduler(
+    preset: str = "auto",
+    *,
+    ddpm_num_steps: int | None = None,
+    ddpm_beta_schedule: str | None = None,
+    prediction_type: str | None = None,
+    variance_type: str | None = None,
+) -> DDPMScheduler:
+    """The process of a preset, written in words that stock diffusers reads.
+
+    Trailing timesteps, so that a short chain starts at the noise. The beta range of linear,
+    scaled_linear and sigmoid is made for T = 1000 and is scaled by 1000 / T, so that alpha_bar_T
+    stays near 0. sigmoid and laplace, which six of stock's schedulers refuse, are written as
+    `trained_betas`.
+
+    Args:
+        preset: A key of PRESETS; what is None below is the preset's own, or else the default of
+            TrainingConfig.
+        ddpm_num_steps: T.
+        ddpm_beta_schedule: linear, scaled_linear, cosine, sigmoid or laplace.
+        prediction_type: epsilon, sample or v_prediction.
+        variance_type: fixed_small, fixed_large or learned_range.
+
+    Raises:
+        InputError: an unknown word, or too few timesteps for the schedule's beta range.
+    """
+    from .functional import make_betas
+    from .scheduler import FORMAT, DDPMScheduler
+
+    check_choice("preset", preset, PRESETS)
+    given = dict(
+        ddpm_num_steps=ddpm_num_steps,
+        ddpm_beta_schedule=ddpm_beta_schedule,
+        prediction_type=prediction_type,
+        variance_type=variance_type,
+    )
+    row = dict(DEFAULT_PROCESS)
+    row.update({key: value for key, value in PRESETS[preset].settings.items() if key in row})
+    row.update({key: value for key, value in given.items() if value is not None})
+    schedule, steps = row["ddpm_beta_schedule"], row["ddpm_num_steps"]
+    check_choice("ddpm_beta_schedule", schedule, BETA_SCHEDULES)
+    beta_start, beta_end = 1e-4 * 1000 / steps, 0.02 * 1000 / steps
+    if steps < 2 or (beta_end >= 1 and schedule in ("linear", "scaled_linear", "sigmoid")):
+        raise InputError(
+            f"ddpm_num_steps must be more than 20 for the {schedule} schedule; got {steps}"
+        )
+    words: dict = {"beta_schedule": "squaredcos_cap_v2" if schedule == "cosine" else schedule}
+    extras: dict = {"format": FORMAT}
+    if schedule in ("sigmoid", "laplace"):
+        words = {"trained_betas": make_betas(schedule, steps, beta_start, beta_end).tolist()}
+        extras["beta_schedule"] = schedule
+    scheduler = DDPMScheduler(
+        num_train_timesteps=steps,
+        beta_start=beta_start,
+        beta_end=beta_end,
+        prediction_type=row["prediction_type"],
+        variance_type=row["variance_type"],
+        timestep_spacing="trailing",
+        **words,
+    )
+    scheduler.register_to_config(_ddpm_hf=extras)
+    return scheduler

@@ -1,0 +1,165 @@
+"""Many images from a pipeline into a folder of PNGs or one array file, with memory that does not
+grow.
+"""
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .errors import InputError, check_choice
+from .functional import mix_seed
+from .pipeline import DDPMPipeline, save_image_grid
+
+SCHEDULERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+}
+"""Words of `--scheduler`, and the class of diffusers that each means (for ddpm it is this
+package's).
+"""
+
+
+def load_pipeline(repo_or_folder: str, scheduler: str | None = None) -> DDPMPipeline:
+    """A pipeline from the Hub or a folder, on the fastest device, sampling with the named
+    scheduler.
+
+    Raises:
+        InputError: it cannot be loaded, or an unknown scheduler.
+    """
+    if scheduler is not None:
+        check_choice("scheduler", scheduler, SCHEDULERS)
+    try:
+        pipe = DDPMPipeline.from_pretrained(repo_or_folder, use_safetensors=True)
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # diffusers and huggingface_hub raise both for what cannot be found
+        raise InputError(
+            f"cannot load a pipeline from {repo_or_folder!r}: {' '.join(str(error).split())}"
+        ) from error
+    if scheduler not in (None, "ddpm"):
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(
+            pipe.scheduler.config
+        )
+    if torch.cuda.is_available():
+        return pipe.to("cuda")
+    return pipe.to("mps") if torch.backends.mps.is_available() else pipe
+
+
+def sample_batches(
+    pipe: DDPMPipeline, num_images: int, *, batch_size: int, seed: int, num_inference_steps: int
+) -> Iterator[np.ndarray]:
+    """Images in batches, uint8 (B, H, W, C); image i is drawn from (seed, i), whatever the batch
+    size.
+    """
+    for first in range(0, num_images, batch_size):
+        numbers = range(first, min(first + batch_size, num_images))
+        generators = [
+            torch.Generator(pipe._execution_device).manual_seed(mix_seed(seed, i)) for i in numbers
+        ]
+        images = pipe(len(numbers), generators, num_inference_steps, output_type="np").images
+        yield (images * 255).round().astype(np.uint8)
+
+
+def sample_to(
+    output: str | Path | None,
+    pipe: DDPMPipeline,
+    num_images: int,
+    *,
+    batch_size: int = 64,
+    seed: int = 0,
+    num_inference_steps: int = 1000,
+    grid: str | Path | None = None,
+) -> None:
+    """Sample images into `output` as they come, and the first 64 of them into one picture.
+
+    Args:
+        output: A folder for PNGs, or a file ending in .npy or .npz (key `arr_0`): uint8 (N, H, W),
+            (N, H, W, 3).
+        pipe: The pipeline.
+        num_images: How many.
+        batch_size: How many at once.
+        seed: Image i is drawn from (seed, i).
+        num_inference_steps: Denoising steps.
+        grid: File of the picture.
+
+    Raises:
+        InputError: nothing to write to, a number below 1, or an output that exists already.
+    """
+    if output is None and grid is None:
+        raise InputError("name what to write: output, grid or both")
+    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1; got {value}")
+    if (
+        output is not None
+        and Path(output).exists()
+        and not (Path(output).is_dir() and not any(Path(output).iterdir()))
+    ):
+        raise InputError(f"output {output} exists already: name another file or an empty folder")
+    channels, height, width = pipe.image_shape
+    shape = (num_images, height, width) if channels == 1 else (num_images, height, width, channels)
+    writer = None if output is None else _Writer(Path(output), shape)
+    shown: list[Image.Image] = []
+    pipe.set_progress_bar_config(disable=True)
+    with tqdm(total=num_images, unit="image", desc="Sampling") as bar:
+        for images in sample_batches(
+            pipe,
+            num_images,
+            batch_size=batch_size,
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+        ):
+            images = images[..., 0] if channels == 1 else images
+            shown += [Image.fromarray(image) for image in images[: 64 - len(shown)]]
+            if writer:
+                writer.write(images)
+            bar.update(len(images))
+    if writer:
+        writer.close()
+    if grid is not None:
+        save_image_grid(shown, grid)
+
+
+class _Writer:
+    """Images one batch after another into PNGs, .npy or .npz."""
+
+    def __init__(self, output: Path, shape: tuple[int, ...]) -> None:
+        self.output, self.done, self.array = output, 0, None
+        self.digits = len(str(shape[0] - 1))
+        if output.suffix not in (".npy", ".npz"):
+            output.mkdir(parents=True, exist_ok=True)
+            return
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self.partial = output.with_name(f".{output.name}.partial")
+        self.array = np.lib.format.open_memmap(self.partial, mode="w+", dtype=np.uint8, shape=shape)
+
+    def write(self, images: np.ndarray) -> None:
+        if self.array is None:
+            for i, image in enumerate(images, self.done):
+                Image.fromarray(image).save(self.output / f"{i:0{self.digits}}.png")
+        else:
+            self.array[self.done : self.done + len(images)] = images
+        self.done += len(images)
+
+    def close(self) -> None:
+        if self.array is None:
+            return
+        self.array.flush()
+        if self.output.suffix == ".npz":
+            with zipfile.ZipFile(self.output, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.write(self.partial, "arr_0.npy")
+            self.partial.unlink()
+        else:
+            self.partial.replace(self.output)

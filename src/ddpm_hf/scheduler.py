@@ -1,0 +1,384 @@
+"""The diffusion process: forward q, its posterior, and the learned reverse step p (Ho et al. 2020,
+eqs. 2-12).
+
+Notation. `t` is 0-based: t = 0 is the paper's t = 1. A reverse step goes from t to any s < t, and s
+= -1 is the clean image, so `alpha_bar` has T + 1 entries of which the first, alpha_bar_at(-1), is
+1. Tables are float64 on the CPU (MPS has no float64, and a look-up by a CPU timestep never waits
+for a device); images are float32.
+"""
+
+import functools
+from typing import NamedTuple
+
+import diffusers
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput, rescale_zero_terminal_snr
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .errors import check_choice
+from .functional import Gaussian, like, make_betas
+
+VARIANCE_TYPES = (
+    "fixed_small",
+    "fixed_small_log",
+    "fixed_large",
+    "fixed_large_log",
+    "learned",
+    "learned_range",
+)
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+FORMAT = 1  # of the extras under `_ddpm_hf`
+
+Timestep = int | Tensor
+"""One timestep for the whole batch, or one per image: (B,) integers."""
+
+
+class ReverseStep(NamedTuple):
+    """p_theta(x_s | x_t), and the network's guess of the clean image that it was built from."""
+
+    distribution: Gaussian
+    x_0_hat: Tensor
+
+
+class DDPMScheduler(diffusers.DDPMScheduler):
+    """`diffusers.DDPMScheduler`, exact: float64 tables, any step t -> s, and every variance word
+    with its meaning.
+
+    A drop-in subclass: the same configuration, signatures and class name, so what it saves opens
+    without ddpm_hf. What stock has no key for stands under `config._ddpm_hf`, which stock carries
+    along unread.
+
+    It differs from stock, on purpose and with a test each, in this: the last step adds no noise
+    whatever its timestep; coefficients are float64 until they meet the image, also for
+    half-precision images; `fixed_large_log` means fixed_large, not NaN; an unknown variance,
+    prediction type or spacing raises ValueError.
+
+    Args: those of `diffusers.DDPMScheduler`.
+    """
+
+    # wraps: diffusers reads the constructor's signature to know which configuration keys are ours.
+    @functools.wraps(diffusers.DDPMScheduler.__init__)
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        # A pipeline records a component's module on disk; naming stock's opens our repos where we
+        # are not installed.
+        self.__module__ = "diffusers"
+        config = self.config
+        check_choice("variance_type", config.variance_type, VARIANCE_TYPES)
+        check_choice("prediction_type", config.prediction_type, PREDICTION_TYPES)
+        check_choice("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
+        if config.trained_betas is not None:
+            beta = torch.tensor(config.trained_betas, dtype=torch.float64)
+        else:
+            beta = make_betas(
+                config.beta_schedule, config.num_train_timesteps, config.beta_start, config.beta_end
+            )
+        if config.rescale_betas_zero_snr:
+            beta = rescale_zero_terminal_snr(beta)
+        self._check_betas(beta)
+        self.beta = beta
+        self.alpha = 1 - beta
+        self.alpha_bar = torch.cat([beta.new_ones(1), self.alpha.cumprod(0)])
+
+    def _check_betas(self, beta: Tensor) -> None:
+        """Raise ValueError for a schedule that is no diffusion process."""
+        if len(beta) != self.config.num_train_timesteps or len(beta) < 2:
+            raise ValueError(
+                f"a schedule needs num_train_timesteps >= 2 betas; got {len(beta)} betas and "
+                f"num_train_timesteps={self.config.num_train_timesteps}"
+            )
+        if not (bool((beta > 0).all()) and bool((beta <= 1).all())):
+            raise ValueError(
+                f"every beta must be in (0, 1]; got values from {beta.min().item()} to "
+                f"{beta.max().item()}"
+            )
+        if bool((beta == 1).any()) and self.config.prediction_type == "epsilon":
+            raise ValueError(
+                "prediction_type='epsilon' cannot recover the image from pure noise (alpha_bar = "
+                "0), which "
+                "rescale_betas_zero_snr makes; use prediction_type='v_prediction' or 'sample'"
+            )
+
+    # What stock has no key for
+
+    @property
+    def extras(self) -> dict:
+        """The private part of the configuration, `_ddpm_hf`; empty for a scheduler that stock
+        wrote.
+
+        Raises:
+            ValueError: it was written in a format newer than this version knows.
+        """
+        extras = self.config.get("_ddpm_hf", {})
+        if extras.get("format", FORMAT) > FORMAT:
+            raise ValueError(
+                f"this scheduler was saved by a newer ddpm_hf (format {extras['format']}; this "
+                f"version reads up to "
+                f"{FORMAT}): pip install --upgrade ddpm_hf"
+            )
+        return extras
+
+    # Forward process q
+
+    def alpha_bar_at(self, t: Timestep | float) -> Tensor:
+        """alpha_bar_t as float64 on the CPU, () or (B,); t = -1 is the clean image, alpha_bar = 1.
+
+        A float t lies between two timesteps (Euler and Heun step there): the noise level sqrt(1 /
+        alpha_bar - 1) is interpolated linearly, as diffusers does.
+        """
+        t = torch.as_tensor(t, device="cpu")
+        if not t.is_floating_point():
+            return self.alpha_bar[t + 1]
+        low, high = self.alpha_bar[t.floor().long() + 1], self.alpha_bar[t.ceil().long() + 1]
+        sigma = torch.lerp(
+            (1 / low - 1).sqrt(), (1 / high - 1).sqrt(), t.double() - t.double().floor()
+        )
+        return 1 / (1 + sigma**2)
+
+    def q_sample(self, x_0: Tensor, eps: Tensor, t: Timestep) -> Tensor:
+        """Eq. (4): x_t ~ q(x_t | x_0), the image with all the noise of t steps at once.
+
+        Args:
+            x_0: Clean images, (B, C, H, W) in [-1, 1].
+            eps: Standard normal noise, (B, C, H, W).
+            t: Timesteps, (B,).
+        """
+        alpha_bar = self.alpha_bar_at(t)
+        return like(alpha_bar.sqrt(), x_0) * x_0 + like((1 - alpha_bar).sqrt(), x_0) * eps
+
+    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Timestep, s: Timestep) -> Gaussian:
+        """Eqs. (6)-(7): q(x_s | x_t, x_0), what every reverse step is trained to match. The paper
+        has s = t - 1.
+
+        Args:
+            x_0, x_t: Clean and noised images, (B, C, H, W) in [-1, 1].
+            t, s: Timesteps, (B,), s < t.
+        """
+        alpha_bar_t, alpha_bar_s = self.alpha_bar_at(t), self.alpha_bar_at(s)
+        alpha = alpha_bar_t / alpha_bar_s
+        beta = 1 - alpha
+        coef_x_0 = alpha_bar_s.sqrt() * beta / (1 - alpha_bar_t)
+        coef_x_t = alpha.sqrt() * (1 - alpha_bar_s) / (1 - alpha_bar_t)
+        mean = like(coef_x_0, x_0) * x_0 + like(coef_x_t, x_t) * x_t
+        return Gaussian(mean, like(self.posterior_log_variance(t, s), x_t))
+
+    def posterior_log_variance(self, t: Timestep, s: Timestep) -> Tensor:
+        """Eq. (7): log beta-tilde of the step t -> s, (B,) float64, floored at that of the chain's
+        second step.
+
+        The exact variance at s = -1 is 0. Ho et al.'s code puts posterior_variance[1] in its place,
+        for a finite decoder likelihood.
+        """
+        variance = self._posterior_variance(t, s)
+        return torch.where(variance > 0, variance, self._posterior_variance(1, 0)).log()
+
+    def _posterior_variance(self, t: Timestep, s: Timestep) -> Tensor:
+        alpha_bar_t, alpha_bar_s = self.alpha_bar_at(t), self.alpha_bar_at(s)
+        return (1 - alpha_bar_t / alpha_bar_s) * (1 - alpha_bar_s) / (1 - alpha_bar_t)
+
+    # Reverse process p
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Timestep) -> Tensor:
+        """What the network is trained to say: eps, x_0 or v (Salimans & Ho 2022), by
+        `prediction_type`.
+        """
+        match self.config.prediction_type:
+            case "epsilon":
+                return eps
+            case "sample":
+                return x_0
+            case _:
+                alpha_bar = self.alpha_bar_at(t)
+                return like(alpha_bar.sqrt(), x_0) * eps - like((1 - alpha_bar).sqrt(), x_0) * x_0
+
+    def to_x_0(self, output: Tensor, x_t: Tensor, t: Timestep | float) -> Tensor:
+        """Eq. (15): the clean image that the network's output stands for, unclipped. The inverse of
+        `target`.
+        """
+        alpha_bar = self.alpha_bar_at(t)
+        match self.config.prediction_type:
+            case "epsilon":
+                return (
+                    like(alpha_bar.rsqrt(), x_t) * x_t
+                    - like((1 / alpha_bar - 1).sqrt(), x_t) * output
+                )
+            case "sample":
+                return output.to(torch.promote_types(output.dtype, torch.float32))
+            case _:
+                return (
+                    like(alpha_bar.sqrt(), x_t) * x_t - like((1 - alpha_bar).sqrt(), x_t) * output
+                )
+
+    def to_eps(self, x_0: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
+        """Eq. (4) solved for the noise that leads from x_0 to x_t."""
+        alpha_bar = self.alpha_bar_at(t)
+        return (x_t - like(alpha_bar.sqrt(), x_t) * x_0) / like((1 - alpha_bar).sqrt(), x_t)
+
+    def clip_x_0(self, x_0_hat: Tensor) -> Tensor:
+        """The configured clip of a predicted image: dynamic thresholding, a range, or none."""
+        if self.config.thresholding:
+            return self._threshold_sample(x_0_hat)
+        if self.config.clip_sample:
+            return x_0_hat.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        return x_0_hat
+
+    def split_output(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+        """The network's output as (prediction, variance channels or None); both (B, C, H, W).
+
+        Raises:
+            ValueError: the number of channels does not fit `variance_type`.
+        """
+        learned = self.config.variance_type in ("learned", "learned_range")
+        if output.shape[1] != channels * (2 if learned else 1):
+            raise ValueError(
+                f"variance_type={self.config.variance_type!r} needs a network with out_channels="
+                f"{channels * (2 if learned else 1)} for images of {channels} channels; got "
+                f"{output.shape[1]}"
+            )
+        return output.split(channels, dim=1) if learned else (output, None)
+
+    def reverse_log_variance(
+        self, t: Timestep, s: Timestep, model_variance: Tensor | None = None
+    ) -> Tensor:
+        """Section 3.2: the log-variance of p(x_s | x_t), always a logarithm, for a step from t to
+        any s < t.
+
+        fixed_small is beta-tilde, the exact variance for data of one point; fixed_large is beta,
+        that for N(0, I). learned_range interpolates between the two logarithms (Nichol & Dhariwal
+        2021, eq. 15).
+
+        Args:
+            t, s: Timesteps, (B,).
+            model_variance: The network's variance channels, (B, C, H, W), for the learned types.
+
+        Returns:
+            (B,) float64 on the CPU for the fixed types, (B, C, H, W) for the learned ones.
+
+        Raises:
+            ValueError: a learned type without `model_variance`.
+        """
+        variance_type = self.config.variance_type
+        if variance_type in ("learned", "learned_range") and model_variance is None:
+            raise ValueError(
+                f"variance_type={variance_type!r} needs model_variance, the network's variance "
+                f"channels"
+            )
+        small = self.posterior_log_variance(t, s)
+        large = (1 - self.alpha_bar_at(t) / self.alpha_bar_at(s)).log()
+        match variance_type.removesuffix("_log"):
+            case "fixed_small":
+                return small
+            case (
+                "fixed_large"
+            ):  # Ho et al.'s code: the chain's very first timestep takes beta-tilde's floor
+                return torch.where(torch.as_tensor(t, device="cpu") == 0, small, large)
+            case "learned":  # diffusers' word: the channels are the variance itself
+                return model_variance.float().clamp(min=1e-20).log()
+            case _:
+                fraction = (model_variance + 1) / 2
+                return fraction * like(large, fraction) + (1 - fraction) * like(small, fraction)
+
+    def p_step(self, output: Tensor, x_t: Tensor, t: Timestep, s: Timestep) -> ReverseStep:
+        """Eqs. (1) and (11): p_theta(x_s | x_t), the posterior with the predicted x_0_hat in place
+        of x_0.
+
+        The distribution is given for the last step (s = -1) too; sampling takes its mean there.
+
+        Args:
+            output: The network's answer, (B, C, H, W), or (B, 2C, H, W) with a learned variance.
+            x_t: Noised images, (B, C, H, W).
+            t, s: Timesteps, one or (B,), s < t.
+        """
+        output, model_variance = self.split_output(output, x_t.shape[1])
+        x_0_hat = self.clip_x_0(self.to_x_0(output, x_t, t))
+        mean = self.q_posterior(x_0_hat, x_t, t, s).mean
+        log_variance = like(self.reverse_log_variance(t, s, model_variance), x_t)
+        return ReverseStep(Gaussian(mean, log_variance), x_0_hat)
+
+    # diffusers' names and signatures
+
+    def add_noise(
+        self, original_samples: Tensor, noise: Tensor, timesteps: torch.IntTensor
+    ) -> Tensor:
+        """`q_sample` in diffusers' words; the result has the dtype of `original_samples`."""
+        return self.q_sample(original_samples, noise, timesteps).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: torch.IntTensor) -> Tensor:
+        """v of Salimans & Ho 2022 in diffusers' words; the result has the dtype of `sample`."""
+        alpha_bar = self.alpha_bar_at(timesteps)
+        velocity = (
+            like(alpha_bar.sqrt(), sample) * noise - like((1 - alpha_bar).sqrt(), sample) * sample
+        )
+        return velocity.to(sample.dtype)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Choose the sub-chain to sample along: as many timesteps as asked for, or the descending
+        list given.
+
+        Raises:
+            ValueError: neither or both are given, or they do not fit into the T trained timesteps.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("pass either num_inference_steps or timesteps")
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}")
+        if timesteps is not None and (not len(timesteps) or min(timesteps) < 0):
+            raise ValueError(
+                f"timesteps must be a descending list of timesteps >= 0; got {timesteps}"
+            )
+        super().set_timesteps(num_inference_steps, device, timesteps)
+        if timesteps is None and self.config.timestep_spacing == "trailing":
+            # Stock walks down by a float stride, whose rounding yields one timestep too many for
+            # some counts.
+            steps = torch.arange(num_inference_steps, 0, -1, dtype=torch.float64)
+            trailing = (
+                steps * self.config.num_train_timesteps / num_inference_steps
+            ).round().long() - 1
+            self.timesteps = trailing.to(device)
+
+    def previous_timestep(self, timestep: Timestep) -> int:
+        """The timestep after this one in the sub-chain being sampled; -1, the clean image, after
+        the last.
+
+        Raises:
+            ValueError: the sub-chain does not contain `timestep`.
+        """
+        t = int(timestep)
+        if not (self.custom_timesteps or self.num_inference_steps):
+            return t - 1
+        chain = [*self.timesteps.tolist(), -1]
+        if t not in chain[:-1]:
+            raise ValueError(
+                f"timestep {t} is not in the sub-chain set by set_timesteps: {chain[:-1]}"
+            )
+        return chain[chain.index(t) + 1]
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Algorithm 2, lines 3-4: draw x_s ~ p(x_s | x_t); the last step takes the mean.
+
+        The result has the dtype of `sample`; inside, everything is float32.
+        """
+        x_t = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        s = self.previous_timestep(timestep)
+        p, x_0_hat = self.p_step(model_output, x_t, int(timestep), s)
+        x_s = p.mean
+        if s >= 0:
+            x_s = p.sample(
+                randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
+            )
+        x_s, x_0_hat = x_s.to(sample.dtype), x_0_hat.to(sample.dtype)
+        return DDPMSchedulerOutput(x_s, x_0_hat) if return_dict else (x_s, x_0_hat)
