@@ -1,15 +1,18 @@
 #!/usr/bin/env python
-"""Train a denoising diffusion model of images.
+r"""Train a denoising diffusion model of images.
 
-    accelerate launch train_accelerate.py                                  # five minutes, images
-    included accelerate launch train_accelerate.py --train_data_dir my_images --resolution 64
-    --random_flip accelerate launch train_accelerate.py --recipe cifar10                 # Ho et al.
-    2020, as published accelerate launch --config_file accelerate_configs/8_gpus.yaml
-    train_accelerate.py --recipe lsun-bedroom torchrun --nproc_per_node 2 train_accelerate.py
-    # two processes on a CPU
+Five minutes, images included:
+    accelerate launch train_accelerate.py
+Your own images:
+    accelerate launch train_accelerate.py --train_data_dir my_images --resolution 64 --random_flip
+Ho et al. 2020, as published, on one GPU, and on eight:
+    accelerate launch train_accelerate.py --recipe cifar10
+    accelerate launch --multi_gpu --num_processes 8 train_accelerate.py --recipe cifar10 \
+        --train_batch_size 16
+Two processes on a CPU:
+    torchrun --nproc_per_node 2 train_accelerate.py
 
-`--help` lists every flag, `--dry_run` prints what they resolve to. `ddpm-hf train` is the same
-program.
+`--help` lists every flag, `--dry_run` prints what they resolve to; `ddpm-hf train` is the same.
 """
 
 import sys

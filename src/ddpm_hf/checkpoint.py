@@ -152,7 +152,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     wrong = damage(folder)
     if wrong:
         raise InputError(f"checkpoint {folder} is damaged: {wrong}")
-    tensors = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
+    # Cloned: safetensors maps the file, which rotation will delete.
+    tensors = {
+        path.stem: {name: tensor.clone() for name, tensor in load_file(path).items()}
+        for path in folder.glob("*.safetensors")
+    }
     step = json.loads((folder / MANIFEST).read_text())["step"]
     return Checkpoint(step, tensors, json.loads((folder / "state.json").read_text()))
 
@@ -198,7 +202,19 @@ def join_optimizer(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
-    return {"state": state, "param_groups": rest["param_groups"]}
+    groups = [
+        {key: _as_saved(value) if key != "params" else value for key, value in group.items()}
+        for group in rest["param_groups"]
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def _as_saved(value: Any) -> Any:
+    """JSON has no tuples: numbers in a row (betas, coefficients) become one again."""
+    if not isinstance(value, list):
+        return value
+    items = [_as_saved(item) for item in value]
+    return items if any(isinstance(item, tuple) for item in items) else tuple(items)
 
 
 # The folder around the checkpoints
@@ -268,10 +284,9 @@ def clear_run(directory: Path) -> None:
 
 def keep_metrics(path: Path, step: int) -> None:
     """Drop the lines of steps that were lost with a stop and will be done again."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text(
-            "".join(
-                line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step
-            )
-        )
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        path.write_text("".join(kept))

@@ -403,7 +403,7 @@ def parse_config(argv: list[str]) -> TrainingConfig:
 def _given(argv: list[str]) -> dict[str, str]:
     """What the command line says of the settings that decide about the layers below it."""
     given = {}
-    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+    for word, after in zip(argv, [*argv[1:], ""], strict=False):
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if flag.startswith("--") and name in ("recipe", "preset", "dataset_name", "train_data_dir"):

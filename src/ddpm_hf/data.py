@@ -238,8 +238,7 @@ class ImageSet:
 
 
 def luma(pixels: np.ndarray) -> np.ndarray:
-    """RGB to grey with the weights of ITU-R 601, as Pillow does: (..., 3) -> (..., 1), same dtype.
-    """
+    """RGB to grey by ITU-R 601, as Pillow does it: (..., 3) -> (..., 1), the same dtype."""
     grey = pixels.astype(np.float32) @ np.array([[0.299], [0.587], [0.114]], np.float32)
     return grey.round().astype(np.uint8) if pixels.dtype == np.uint8 else grey
 

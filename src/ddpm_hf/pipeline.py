@@ -48,6 +48,8 @@ class DDPMPipeline(diffusers.DDPMPipeline):
     def __init__(self, unet: UNet2DModel, scheduler) -> None:
         if type(scheduler) is diffusers.DDPMScheduler:
             scheduler = DDPMScheduler.from_config(scheduler.config)
+        if isinstance(scheduler, DDPMScheduler):
+            _ = scheduler.extras  # refuses what a newer version wrote
         super().__init__(unet=unet, scheduler=scheduler)
 
     @property

@@ -1,0 +1,193 @@
+"""Checkpoints are whole or absent; a run's folder is never overwritten by another run."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from ddpm_hf import checkpoint as ck
+from ddpm_hf.errors import InputError
+
+TENSORS = {"unet": {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor(3.5)}}
+
+
+def write(folder, step, state=None):
+    return ck.save_checkpoint(folder, step, TENSORS, state or {"x": [0.1, None, "w"]})
+
+
+def test_round_trip(tmp_path):
+    loaded = ck.load_checkpoint(write(tmp_path, 7))
+    assert loaded.step == 7
+    assert loaded.state == {"x": [0.1, None, "w"]}
+    assert all(torch.equal(loaded.tensors["unet"][k], v) for k, v in TENSORS["unet"].items())
+
+
+def test_no_pickle_is_written(tmp_path):
+    names = {path.suffix for path in write(tmp_path, 1).iterdir()}
+    assert names == {".safetensors", ".json"}
+
+
+def test_a_failed_save_leaves_the_earlier_checkpoint_and_nothing_partial(tmp_path):
+    write(tmp_path, 1)
+    with pytest.raises(TypeError):  # no JSON: fails after the tensors are written
+        write(tmp_path, 2, {"x": object()})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert ck.find_latest(tmp_path) == (tmp_path / "checkpoint-1", [])
+
+
+def test_what_a_kill_inside_a_save_leaves_is_not_taken_for_a_checkpoint(tmp_path):
+    write(tmp_path, 1)
+    write(tmp_path, 2).rename(tmp_path / ".checkpoint-2.partial")
+    assert ck.find_latest(tmp_path)[0].name == "checkpoint-1"
+    write(tmp_path, 2)
+    assert ck.find_latest(tmp_path)[0].name == "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda f: (f / "unet.safetensors").write_bytes(b"x"), "unet.safetensors has changed"),
+        (lambda f: (f / "state.json").unlink(), "state.json is missing"),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
+    ],
+)
+def test_damage_is_named_and_the_one_before_is_used(tmp_path, harm, message):
+    write(tmp_path, 1)
+    harm(write(tmp_path, 2))
+    latest, passed_over = ck.find_latest(tmp_path)
+    assert latest.name == "checkpoint-1"
+    assert len(passed_over) == 1
+    assert message in passed_over[0]
+    with pytest.raises(InputError, match=message):
+        ck.load_checkpoint(tmp_path / "checkpoint-2")
+
+
+def test_order_is_by_number_and_strangers_are_ignored(tmp_path):
+    for step in (2, 10, 9):
+        write(tmp_path, step)
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-99").write_text("a file")
+    assert [path.name for path in ck.list_checkpoints(tmp_path)] == [
+        "checkpoint-2",
+        "checkpoint-9",
+        "checkpoint-10",
+    ]
+    assert ck.find_latest(tmp_path / "nowhere") == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"), [(1, [3]), (2, [2, 3]), (5, [1, 2, 3]), (None, [1, 2, 3])]
+)
+def test_rotation_keeps_the_newest(tmp_path, limit, left):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    ck.rotate(tmp_path, limit)
+    assert [path.name for path in ck.list_checkpoints(tmp_path)] == [
+        f"checkpoint-{k}" for k in left
+    ]
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=0.1)
+
+
+def muon(parameters):
+    from pytorch_optimizer import Muon
+
+    weight, bias = parameters
+    return Muon([dict(params=[weight], use_muon=True), dict(params=[bias], use_muon=False)])
+
+
+@pytest.mark.parametrize("make", [adamw, muon])
+def test_an_optimizer_survives_bit_for_bit(tmp_path, make):
+    """Three steps, save, load, three more: as six without a stop."""
+
+    def steps(parameters, optimizer, count):
+        for _ in range(count):
+            sum((p**2).sum() for p in parameters).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def fresh():
+        torch.manual_seed(0)
+        parameters = [
+            torch.nn.Parameter(torch.randn(4, 3, 3, 3)),
+            torch.nn.Parameter(torch.randn(4)),
+        ]
+        return parameters, make(parameters)
+
+    whole, optimizer = fresh()
+    steps(whole, optimizer, 6)
+
+    first, optimizer = fresh()
+    steps(first, optimizer, 3)
+    tensors, rest = ck.split_optimizer(optimizer)
+    named = {str(i): p for i, p in enumerate(first)}
+    folder = ck.save_checkpoint(tmp_path, 3, {"p": named, "optimizer": tensors}, {"o": rest})
+
+    loaded = ck.load_checkpoint(folder)
+    second, optimizer = fresh()
+    for i, p in enumerate(second):
+        p.data.copy_(loaded.tensors["p"][str(i)])
+    optimizer.load_state_dict(ck.join_optimizer(loaded.tensors["optimizer"], loaded.state["o"]))
+    steps(second, optimizer, 3)
+    assert all(torch.equal(a, b) for a, b in zip(whole, second, strict=True))
+
+
+# The folder of a run
+
+
+def run_folder(tmp_path, **settings):
+    folder = tmp_path / "run"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"seed": 0, "max_train_steps": 5, **settings}))
+    return folder
+
+
+def test_an_empty_or_missing_folder_is_free(tmp_path):
+    assert ck.compare_runs(tmp_path / "none", {"seed": 1}) == []
+    assert ck.compare_runs(tmp_path, {"seed": 1}) == []
+
+
+def test_harmless_changes_are_listed_and_identity_is_refused(tmp_path):
+    folder = run_folder(tmp_path)
+    changed = ck.compare_runs(folder, {"seed": 0, "max_train_steps": 9})
+    assert changed == ["Changed: max_train_steps was 5, now 9"]
+    with pytest.raises(InputError, match="is another one: seed was 0, now 1.*overwrite_output_dir"):
+        ck.compare_runs(folder, {"seed": 1, "max_train_steps": 9})
+
+
+def test_identity_names_existing_settings():
+    from ddpm_hf.config import field_names
+
+    assert set(ck.IDENTITY) - set(field_names()) == {"global_batch_size", "data_fingerprint"}
+
+
+def test_a_strangers_folder_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("dear")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        ck.compare_runs(tmp_path, {"seed": 1})
+    with pytest.raises(InputError, match="holds no run of ddpm_hf; delete it yourself"):
+        ck.clear_run(tmp_path)
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+def test_clearing_a_run_leaves_what_is_not_its_own(tmp_path):
+    folder = run_folder(tmp_path, logging_dir="logs")
+    write(folder, 3)
+    for name in ("unet", "scheduler", "samples", "logs", "mine"):
+        (folder / name).mkdir()
+    (folder / "notes.txt").write_text("dear")
+    ck.clear_run(folder)
+    assert sorted(os.listdir(folder)) == ["mine", "notes.txt"]
+    ck.clear_run(tmp_path / "none")
+
+
+def test_metrics_of_lost_steps_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    ck.keep_metrics(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    ck.keep_metrics(tmp_path / "none", 2)

@@ -1,0 +1,138 @@
+"""Every verb, really run; exit codes; one line for every error."""
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_hf import DDPMPipeline, build_scheduler
+from ddpm_hf.cli import main
+from ddpm_hf.errors import InputError
+from ddpm_hf.sampling import SCHEDULERS, load_pipeline, sample_to
+
+from .conftest import REPOSITORY
+
+
+@pytest.fixture
+def folder(tiny_unet, tmp_path):
+    DDPMPipeline(tiny_unet, build_scheduler()).save_pretrained(tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+def flags(settings):
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def test_train_then_sample(quick_settings, tmp_path):
+    assert main(["train", *flags(quick_settings)]) == 0
+    out, npy, grid = quick_settings["output_dir"], tmp_path / "x.npy", tmp_path / "grid.png"
+    words = ["--num_images", "5", "--batch_size", "2", "--num_inference_steps", "3"]
+    words += ["--scheduler", "ddim", "--output", str(npy), "--grid", str(grid)]
+    assert main(["sample", out, *words]) == 0
+    assert np.load(npy).shape == (5, 8, 8)
+    assert Image.open(grid).mode == "L"
+
+
+def test_the_script_is_the_verb(quick_settings):
+    script = [sys.executable, str(REPOSITORY / "train_accelerate.py"), *flags(quick_settings)]
+    result = subprocess.run([*script, "--dry_run"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    shown = json.loads(result.stdout)
+    assert shown["max_train_steps"] == 4
+    bad = subprocess.run([*script, "--sed", "1"], capture_output=True, text=True)
+    assert bad.returncode == 2
+    assert bad.stderr.splitlines() == [
+        "train_accelerate.py: error: unknown flag '--sed'. Did you mean 'seed'?"
+    ]
+
+
+def test_dry_run_writes_nothing(quick_settings, tmp_path, capsys):
+    assert main(["train", *flags(quick_settings), "--dry_run"]) == 0
+    assert json.loads(capsys.readouterr().out)["resolution"] == "8"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "verb must be one of train, sample; got 'trian'. Did you mean 'train'?"),
+        (["sample"], "the following arguments are required: REPO_OR_FOLDER"),
+        (["sample", "x"], "name what to write: --output, --grid or both"),
+        (["sample", "./nowhere", "--grid", "g.png"], "cannot load a pipeline from './nowhere'"),
+        (["sample", "x", "--schedler", "y"], "unrecognized arguments: --schedler y"),
+        (["train", "--train_data_dir", "nowhere"], "train_data_dir must be a folder of images"),
+        (["train", "--resolution", "30", "--preset", "cifar10", "--dataset_name", "embedded"],
+         "resolution 30x30 cannot be halved 3 times"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line_and_exit_code_two(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.strip().splitlines()[-1].startswith("ddpm-hf: error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_scheduler(folder, capsys):
+    assert main(["sample", str(folder), "--grid", "g.png", "--scheduler", "dimm"]) == 2
+    assert "scheduler must be one of ddpm, ddim" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help(argv, capsys):
+    assert main(argv) == 0
+    assert "sample" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_word(folder, tmp_path, name):
+    pipe = load_pipeline(str(folder), name)
+    assert type(pipe.scheduler).__name__ == SCHEDULERS[name]
+    sample_to(tmp_path / "x.npy", pipe, 2, num_inference_steps=3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_pngs_npy_and_npz_hold_the_same_images_whatever_the_batch(folder, tmp_path, batch_size):
+    pipe = load_pipeline(str(folder), "ddim")
+    for output in ("p", "x.npy", "x.npz"):
+        sample_to(tmp_path / output, pipe, 7, batch_size=batch_size, seed=3, num_inference_steps=3)
+    sample_to(tmp_path / "all.npy", pipe, 7, batch_size=7, seed=3, num_inference_steps=3)
+    array = np.load(tmp_path / "x.npy")
+    assert np.array_equal(array, np.load(tmp_path / "x.npz")["arr_0"])
+    pngs = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "p").iterdir())]
+    assert np.array_equal(array, np.stack(pngs))
+    # float32 convolutions round differently in batches of another size: at most one grey level
+    assert np.abs(array.astype(int) - np.load(tmp_path / "all.npy")).max() <= 1
+    assert zipfile.ZipFile(tmp_path / "x.npz").namelist() == ["arr_0.npy"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(output=None), "name what to write: output, grid or both"),
+        (dict(output="x.npy", num_images=0), "num_images must be at least 1; got 0"),
+        (dict(output="x.npy", batch_size=0), "batch_size must be at least 1; got 0"),
+    ],
+)
+def test_bad_sampling_arguments(folder, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"num_images": 1, **options}
+    with pytest.raises(InputError, match=message):
+        sample_to(options.pop("output"), load_pipeline(str(folder)), **options)
+    assert not (tmp_path / "x.npy").exists()
+
+
+@pytest.mark.parametrize("output", ["taken.npy", "taken"])
+def test_existing_outputs_are_not_overwritten(folder, tmp_path, output):
+    path = tmp_path / output
+    (path if path.suffix else path / "a.txt").parent.mkdir(exist_ok=True)
+    (path if path.suffix else path / "a.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists already: name another file or an empty folder"):
+        sample_to(path, load_pipeline(str(folder)), 1, num_inference_steps=2)
+    assert (path if path.suffix else path / "a.txt").read_text() == "mine"

@@ -1,0 +1,258 @@
+"""L_simple against golden numbers and exact networks, its weighting, and how timesteps are
+drawn.
+"""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from diffusers.training_utils import compute_snr
+
+from ddpm_hf.losses import (
+    min_snr_weight,
+    simple_loss,
+    stratified_timesteps,
+    uniform_timesteps,
+)
+from ddpm_hf.scheduler import DDPMScheduler
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+GOLDEN = {
+    "ddpm_linear_T1000": dict(num_train_timesteps=1000),
+    "ddpm_cosine_T4000": dict(num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2"),
+}
+T_ALL = torch.tensor([0, 1, 10, 100, 500, 900, 998, 999])
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+# L_simple
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
+@pytest.mark.parametrize("file", GOLDEN)
+def test_simple_loss_matches_golden(shared, file, variance_type):
+    golden = np.load(shared / "golden" / f"{file}.npz")
+    x_0, eps, t, eps_hat, v = (
+        torch.from_numpy(golden[key]) for key in ("x_start", "noise", "t", "model_eps", "model_v")
+    )
+    output = torch.cat([eps_hat, v], 1) if variance_type == "learned_range" else eps_hat
+    scheduler = DDPMScheduler(variance_type=variance_type, **GOLDEN[file])
+    loss = simple_loss(lambda x_t, t: UNet2DOutput(sample=output), scheduler, x_0, eps, t)
+    expected = golden["loss/simple"]
+    # float32 arithmetic over 48 pixels; the bound of golden/README.md.
+    np.testing.assert_allclose(loss.numpy(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_simple_loss_of_an_exact_network_is_zero(prediction_type):
+    """Data of a single image: the noise in x_t is known, and so are eps, x_0 and v."""
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    x_0 = images(1, 3, 4, 4)
+
+    def unet(x_t: torch.Tensor, t: torch.Tensor) -> UNet2DOutput:
+        a = scheduler.alpha_bar[t + 1].reshape(-1, 1, 1, 1)
+        eps_hat = (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
+        v_hat = a.sqrt() * eps_hat - (1 - a).sqrt() * x_0
+        known = {"epsilon": eps_hat, "sample": x_0.expand_as(x_t), "v_prediction": v_hat}
+        return UNet2DOutput(sample=known[prediction_type])
+
+    x_0_batch = x_0.expand(8, -1, -1, -1)
+    loss = simple_loss(unet, scheduler, x_0_batch, noise(8, 3, 4, 4), T_ALL)
+    assert loss.shape == (8,)
+    # x_t is float32: its rounding of 6e-8 over sigma_0 = 0.01 is 6e-6 in eps, squared 4e-11.
+    assert loss.max() < 1e-10
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_simple_loss_is_the_mean_square_of_the_error(prediction_type):
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    x_0, eps = images(8, 1, 4, 4), noise(8, 1, 4, 4)
+    error = torch.arange(8.0).reshape(-1, 1, 1, 1)
+    output = scheduler.target(x_0, eps, T_ALL) + error
+    loss = simple_loss(lambda x_t, t: UNet2DOutput(sample=output), scheduler, x_0, eps, T_ALL)
+    torch.testing.assert_close(loss, torch.arange(8.0) ** 2)  # float32 defaults: 1e-6 relative
+
+
+def test_simple_loss_gives_the_network_the_noised_image_and_the_timesteps():
+    scheduler = DDPMScheduler()
+    x_0, eps = images(8, 1, 4, 4), noise(8, 1, 4, 4)
+    seen = {}
+
+    def unet(x_t: torch.Tensor, t: torch.Tensor) -> UNet2DOutput:
+        seen.update(x_t=x_t, t=t)
+        return UNet2DOutput(sample=x_t)
+
+    simple_loss(unet, scheduler, x_0, eps, T_ALL)
+    assert torch.equal(seen["x_t"], scheduler.q_sample(x_0, eps, T_ALL))
+    assert torch.equal(seen["t"], T_ALL)
+
+
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_simple_loss_leaves_variance_channels_out(variance_type):
+    x_0, eps = images(8, 1, 4, 4), noise(8, 1, 4, 4)
+    prediction = noise(8, 1, 4, 4) * 0.5
+    output = torch.cat([prediction, torch.full_like(prediction, 1e3)], 1).requires_grad_()
+    loss = simple_loss(
+        lambda x_t, t: UNet2DOutput(sample=output),
+        DDPMScheduler(variance_type=variance_type),
+        x_0,
+        eps,
+        T_ALL,
+    )
+    fixed = simple_loss(
+        lambda x_t, t: UNet2DOutput(sample=prediction), DDPMScheduler(), x_0, eps, T_ALL
+    )
+    assert torch.equal(loss.detach(), fixed)
+    loss.sum().backward()
+    assert output.grad[:, 0].abs().min() > 0
+    assert not output.grad[:, 1].any()
+
+
+def test_simple_loss_refuses_a_network_with_channels_too_many():
+    x = images(8, 1, 4, 4)
+    with pytest.raises(ValueError, match="out_channels=1 for images of 1 channels; got 2"):
+        simple_loss(
+            lambda x_t, t: UNet2DOutput(sample=x_t.repeat(1, 2, 1, 1)),
+            DDPMScheduler(),
+            x,
+            x,
+            T_ALL,
+        )
+
+
+def test_simple_loss_of_a_real_network_in_bfloat16_is_float32(tiny_unet):
+    scheduler = DDPMScheduler()
+    x_0, eps = images(8, 1, 8, 8), noise(8, 1, 8, 8)
+    with torch.no_grad():
+        full = simple_loss(tiny_unet, scheduler, x_0, eps, T_ALL)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = simple_loss(tiny_unet, scheduler, x_0, eps, T_ALL)
+    assert half.dtype == torch.float32
+    # bfloat16 has 8 bits: 0.4 % a rounding, a dozen layers.
+    torch.testing.assert_close(half, full, rtol=0.05, atol=0)
+
+
+# Weights
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_min_snr_weight_values(prediction_type, gamma):
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    snr = scheduler.alpha_bar[1:] / (1 - scheduler.alpha_bar[1:])
+    expected = {
+        "epsilon": torch.minimum(torch.ones_like(snr), gamma / snr),
+        "sample": torch.minimum(snr, torch.full_like(snr, gamma)),
+        "v_prediction": torch.minimum(snr / (snr + 1), gamma / (snr + 1)),
+    }[prediction_type]
+    weight = min_snr_weight(scheduler, torch.arange(1000), gamma)
+    assert weight.dtype == torch.float64
+    torch.testing.assert_close(weight, expected, rtol=1e-12, atol=0)  # float64 roundings
+
+
+def test_min_snr_weight_by_hand():
+    """beta = 0.1, then 0.5: alpha_bar is 0.9 and 0.45, the SNR 9 and 9 / 11."""
+    t, expected = (
+        torch.tensor([0, 1]),
+        {
+            "epsilon": [5 / 9, 1.0],
+            "sample": [5.0, 9 / 11],
+            "v_prediction": [0.5, 9 / 20],
+        },
+    )
+    for prediction_type, values in expected.items():
+        scheduler = DDPMScheduler(2, trained_betas=[0.1, 0.5], prediction_type=prediction_type)
+        assert min_snr_weight(scheduler, t, 5.0).tolist() == pytest.approx(values, rel=1e-12)
+
+
+def test_min_snr_weight_makes_one_objective_of_the_three_prediction_types():
+    """One wrong x_0, said as eps, as x_0 and as v, costs the same."""
+    x_0, eps = images(8, 1, 4, 4).double(), noise(8, 1, 4, 4).double()
+    x_0_hat = x_0 + 0.1 * noise(8, 1, 4, 4).flip(0)
+    costs = []
+    for prediction_type in PREDICTION_TYPES:
+        scheduler = DDPMScheduler(prediction_type=prediction_type)
+        x_t = scheduler.q_sample(x_0, eps, T_ALL)
+        said = scheduler.target(x_0_hat, scheduler.to_eps(x_0_hat, x_t, T_ALL), T_ALL)
+        error = (said - scheduler.target(x_0, eps, T_ALL)).square().mean((1, 2, 3))
+        costs.append(min_snr_weight(scheduler, T_ALL, 5.0) * error)
+    torch.testing.assert_close(costs[0], costs[1], rtol=1e-9, atol=0)  # float64; eps at t = 0
+    torch.testing.assert_close(costs[2], costs[1], rtol=1e-9, atol=0)  # loses 4 of 16 digits
+
+
+def test_min_snr_weight_is_zero_where_no_signal_is_left():
+    scheduler = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert min_snr_weight(scheduler, torch.tensor([999]), 5.0).tolist() == [0.0]
+
+
+def test_pitfall_4_15_weight_of_the_x_0_loss_is_bounded():
+    """Stock's training script weighs an x_0 loss by the SNR, unclipped: 9999 at t = 0."""
+    t = torch.arange(1000)
+    snr = compute_snr(diffusers.DDPMScheduler(prediction_type="sample"), t)
+    assert snr[0] == pytest.approx(9999, rel=1e-3)  # stock's float32 alpha_bar: 6e-8 / 1e-4
+    scheduler = DDPMScheduler(prediction_type="sample")
+    assert min_snr_weight(scheduler, t, 5.0).max() == 5
+    x_0, eps = images(8, 1, 4, 4), noise(8, 1, 4, 4)
+    loss = simple_loss(
+        lambda x_t, t: UNet2DOutput(sample=x_0 + 0.5), scheduler, x_0, eps, T_ALL * 0
+    )
+    torch.testing.assert_close(loss, torch.full((8,), 0.25))  # no weight of its own
+
+
+# Timesteps
+
+DRAWS = (uniform_timesteps, stratified_timesteps)
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("num_timesteps", [2, 1000, 1023, 1024, 1025, 4000])
+def test_timesteps_stay_in_range_for_the_smallest_and_largest_draw(draw, num_timesteps):
+    largest = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))  # of torch.rand's float32
+    assert draw(torch.zeros(1), num_timesteps).tolist() == [0]
+    assert draw(largest.reshape(1), num_timesteps).tolist() == [num_timesteps - 1]
+    t = draw(largest.expand(7), num_timesteps)
+    assert t.dtype == torch.int64
+    assert t.max() == num_timesteps - 1
+
+
+@pytest.mark.parametrize("num_timesteps", [100, 1000])
+@pytest.mark.parametrize("batch", [1, 4, 10, 50])
+def test_stratified_timesteps_put_one_in_every_stratum(batch, num_timesteps):
+    width = num_timesteps // batch
+    for seed in range(20):
+        draws = torch.rand(batch, generator=torch.Generator().manual_seed(seed))
+        t = stratified_timesteps(draws, num_timesteps)
+        assert (t // width).tolist() == list(range(batch))
+
+
+@pytest.mark.parametrize("batch", [3, 7, 128, 300])
+def test_stratified_timesteps_cover_evenly_a_range_that_the_batch_does_not_divide(batch):
+    """Share i is [i T / B, (i + 1) T / B), cut to integers; with more images than timesteps too."""
+    draws = torch.rand(batch, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = stratified_timesteps(draws, 200)
+    for i in range(batch):
+        assert i * 200 // batch <= t[i] <= (i + 1) * 200 / batch
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_timesteps_are_marginally_uniform(draw):
+    """No chance: draws on a grid that is uniform over [0, 1) yield every timestep equally often."""
+    batch, num_timesteps, repeats = 8, 200, 1000
+    grid = (torch.arange(repeats, dtype=torch.float64) + 0.5) / repeats
+    t = torch.cat([draw(u.expand(batch), num_timesteps) for u in grid])
+    assert t.bincount(minlength=num_timesteps).tolist() == [batch * repeats // num_timesteps] * 200
+
+
+def test_uniform_timesteps_are_independent_of_the_batch():
+    draws = torch.rand(16, generator=torch.Generator().manual_seed(0))
+    whole = uniform_timesteps(draws, 1000)
+    parts = torch.cat([uniform_timesteps(part, 1000) for part in draws.split(4)])
+    assert torch.equal(whole, parts)

@@ -1,0 +1,250 @@
+"""One denoising loop for every scheduler, image shape and precision."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler
+from ddpm_hf.pipeline import image_grid, save_image_grid
+
+SWAPS = [
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "PNDMScheduler",
+]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def pipe(tiny_unet):
+    pipe = DDPMPipeline(tiny_unet, build_scheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def swap(pipe, name):
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    return pipe
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "numpy", "pt"])
+def test_output_types(pipe, output_type):
+    images = pipe(2, seeded(), 3, output_type=output_type).images
+    if output_type == "pil":
+        assert [(image.mode, image.size) for image in images] == [("L", (8, 8))] * 2
+    elif output_type == "pt":
+        assert images.shape == (2, 1, 8, 8)
+    else:
+        assert images.shape == (2, 8, 8, 1)
+        assert images.dtype == np.float32
+        assert images.min() >= 0
+        assert images.max() <= 1
+    assert type(pipe(1, seeded(), 2, output_type=output_type, return_dict=False)) is tuple
+
+
+@pytest.mark.parametrize("name", SWAPS)
+@pytest.mark.parametrize("preset", ["auto", "cifar10"])
+def test_any_diffusers_scheduler_samples(tiny_unet, name, preset):
+    pipe = swap(DDPMPipeline(tiny_unet, build_scheduler(preset)), name)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(2, seeded(), 5, output_type="pt").images
+    assert images.shape == (2, 1, 8, 8)
+    assert images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "name", ["UniPCMultistepScheduler", "HeunDiscreteScheduler", "PNDMScheduler"]
+)
+def test_three_schedulers_that_stocks_pipeline_cannot_use(pipe, name):
+    """Stock passes a generator to every `step`."""
+    stock = diffusers.DDPMPipeline(pipe.unet, swap(pipe, name).scheduler)
+    stock.set_progress_bar_config(disable=True)
+    with pytest.raises(TypeError, match="generator"):
+        stock(1, seeded(), 3)
+    assert len(pipe(1, seeded(), 3).images) == 1
+
+
+@pytest.mark.parametrize("name", [None, "DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_where_stock_samples_too_the_images_are_the_same(tiny_unet, name):
+    scheduler = build_scheduler()
+    ours, stock = DDPMPipeline(tiny_unet, scheduler), None
+    if name:
+        stock_scheduler = getattr(diffusers, name).from_config(scheduler.config)
+        ours = swap(ours, name)
+    else:
+        stock_scheduler = diffusers.DDPMScheduler.from_config(scheduler.config)
+    stock = diffusers.DDPMPipeline(tiny_unet, stock_scheduler)
+    for p in (ours, stock):
+        p.set_progress_bar_config(disable=True)
+    a, b = (p(2, seeded(), 10, output_type="np").images for p in (ours, stock))
+    # stock's tables are float32; v-prediction with the cosine schedule does not amplify their error
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [None, *SWAPS])
+def test_x_0_hat_is_the_schedulers_own_where_it_tells(pipe, name):
+    """The loop computes x_0_hat by itself; schedulers that report it agree, Euler at its float
+    timesteps too.
+    """
+    pipe = swap(pipe, name) if name else pipe
+    reported = []
+    step = pipe.scheduler.step
+
+    def spy(*arguments, generator=None, **options):
+        options |= {"generator": generator} if generator is not None else {}
+        output = step(*arguments, **options)
+        reported.append(getattr(output, "pred_original_sample", None))
+        return output
+
+    spy.__signature__ = __import__("inspect").signature(step)
+    pipe.scheduler.step = spy
+    ours = [x_0_hat for _, _, x_0_hat in pipe.denoise(2, generator=seeded(), num_inference_steps=6)]
+    pairs = [(a, b) for a, b in zip(ours, reported, strict=True) if b is not None]
+    assert len(pairs) == (6 if name in (None, "DDIMScheduler", "EulerDiscreteScheduler") else 0)
+    for a, b in pairs:
+        b = b.clamp(-1, 1)  # Euler does not clip
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)  # float32 sigmas
+
+
+def test_denoise_gives_every_step_and_the_last_is_the_image(pipe):
+    steps = list(pipe.denoise(2, generator=seeded(), num_inference_steps=4))
+    assert [step.t for step in steps] == [999, 749, 499, 249]
+    image = pipe(2, seeded(), 4, output_type="pt").images
+    torch.testing.assert_close((steps[-1].x_s / 2 + 0.5).clamp(0, 1), image)
+
+
+def test_the_last_image_is_the_mean_whatever_its_timestep(tiny_unet):
+    """Trap 2: with trailing spacing and fixed_large stock adds noise of deviation ~.5 to the final
+    image.
+    """
+    scheduler = build_scheduler("cifar10")
+    pipe = DDPMPipeline(tiny_unet, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    last = list(pipe.denoise(1, generator=seeded(), num_inference_steps=10))[-1]
+    assert torch.equal(last.x_s, last.x_0_hat)  # at s = -1 the posterior mean is x_0_hat itself
+
+
+def test_with_a_generator_per_image_an_image_does_not_depend_on_the_batch(pipe):
+    """Pitfall 4.19."""
+    four = pipe(4, [seeded(i) for i in range(4)], 5, output_type="np").images
+    two = pipe(2, [seeded(i) for i in (1, 3)], 5, output_type="np").images
+    # float32 convolutions round differently in batches of another size
+    np.testing.assert_allclose(four[[1, 3]], two, atol=1e-5)
+
+
+def test_one_generator_is_reproducible(pipe):
+    a, b, c = (pipe(2, seeded(s), 3, output_type="np").images for s in (0, 0, 1))
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, c)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_networks_sample_to_pil(pipe, dtype):
+    """Stock: TypeError, numpy has no bfloat16; and its state is rounded at each of 1,000 steps
+    (4.13).
+    """
+    pipe.to(dtype)
+    assert [image.mode for image in pipe(2, seeded(), 3).images] == ["L", "L"]
+    assert all(step.x_s.dtype == torch.float32 for step in pipe.denoise(1, num_inference_steps=3))
+    if dtype == torch.bfloat16:
+        stock = diffusers.DDPMPipeline(pipe.unet, diffusers.DDPMScheduler())
+        stock.set_progress_bar_config(disable=True)
+        with pytest.raises(TypeError, match="BFloat16"):
+            stock(1, seeded(), 2)
+
+
+def test_dtype_at_loading(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = DDPMPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.unet.dtype == torch.bfloat16
+    assert len(loaded(1, seeded(), 2).images) == 1
+
+
+def test_rectangular_images(tiny_unet):
+    tiny_unet.register_to_config(sample_size=[8, 16])
+    images = DDPMPipeline(tiny_unet, build_scheduler())(2, seeded(), 2).images
+    assert images[0].size == (16, 8)
+
+
+@pytest.mark.parametrize("name", [None, "DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_a_learned_variance_samples_with_every_scheduler(tiny_unet, name):
+    torch.manual_seed(0)
+    learned = diffusers.UNet2DModel.from_config({**tiny_unet.config, "out_channels": 2})
+    pipe = DDPMPipeline(
+        learned, DDPMScheduler(variance_type="learned_range", timestep_spacing="trailing")
+    )
+    pipe = swap(pipe, name) if name else pipe
+    assert pipe(2, seeded(), 4, output_type="pt").images.isfinite().all()
+
+
+def test_a_stock_scheduler_is_upgraded_and_any_other_is_left(tiny_unet):
+    stock = diffusers.DDPMScheduler(variance_type="fixed_large")
+    upgraded = DDPMPipeline(tiny_unet, stock).scheduler
+    assert type(upgraded) is DDPMScheduler
+    assert upgraded.config.timestep_spacing == "leading"
+    assert upgraded.config.variance_type == "fixed_large"
+    ddim = diffusers.DDIMScheduler()
+    assert DDPMPipeline(tiny_unet, ddim).scheduler is ddim
+
+
+def test_leading_spacing_that_misses_the_noise_is_warned_about(tiny_unet, caplog):
+    """Pitfall 4.2: 600 of 1,000 leading steps start at timestep 599."""
+    pipe = DDPMPipeline(tiny_unet, diffusers.DDPMScheduler(num_train_timesteps=20))
+    pipe.set_progress_bar_config(disable=True)
+    diffusers.utils.logging.enable_propagation()
+    for steps, warned in ((10, False), (11, True), (19, True), (20, False)):
+        caplog.clear()
+        pipe(1, seeded(), steps)
+        assert ("starts" in caplog.text) is warned, steps
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(output_type="jpeg"), "output_type must be one of pil, np, numpy, pt; got 'jpeg'"),
+        (dict(batch_size=0), "batch_size must be at least 1; got 0"),
+        (dict(num_inference_steps=0), "between 1 and the 1000 trained timesteps; got 0"),
+        (dict(num_inference_steps=1001), "between 1 and the 1000 trained timesteps; got 1001"),
+        (dict(batch_size=3, generator=[seeded()] * 2), "one generator per image: got 2"),
+    ],
+)
+def test_bad_arguments(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments)
+
+
+def test_model_offload_hooks_are_freed(pipe, monkeypatch):
+    freed = []
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(True))
+    pipe(1, seeded(), 2)
+    assert freed == [True]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", [None, *SWAPS])
+def test_cuda_with_offload(pipe, name):
+    pipe = swap(pipe, name) if name else pipe
+    pipe.enable_model_cpu_offload()
+    assert len(pipe(2, torch.Generator("cuda").manual_seed(0), 5).images) == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "size"), [(1, None, (60, 60)), (5, None, (176, 118)), (4, 4, (234, 60))]
+)
+def test_grid_shape(count, columns, size):
+    assert image_grid([Image.new("L", (8, 8))] * count, columns).size == size
+
+
+def test_grid_of_colour_images_from_a_tensor(tmp_path):
+    path = save_image_grid(torch.full((2, 3, 64, 64), 1.0), tmp_path / "new" / "grid.png")
+    with Image.open(path) as grid:
+        assert (grid.mode, grid.size) == ("RGB", (134, 68))

@@ -1,0 +1,99 @@
+"""The layers of the package, what an import costs, and that the paper's map is true."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "src" / "ddpm_hf"
+
+# A module imports only modules above it. CONTRIBUTING.md explains the layers.
+ORDER = [
+    "errors",
+    "functional",
+    "scheduler",
+    "presets",
+    "config",
+    "data",
+    "losses",
+    "pipeline",
+    "checkpoint",
+    "sampling",
+    "training",
+    "cli",
+]
+MATHS = {
+    "errors",
+    "functional",
+    "scheduler",
+    "presets",
+    "config",
+    "data",
+    "losses",
+    "pipeline",
+    "checkpoint",
+}
+
+
+def imports(name):
+    """(modules of ours, other packages) imported anywhere in a module, functions included."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            ours |= {node.module} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            others.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            others |= {alias.name.split(".")[0] for alias in node.names}
+    return ours, others
+
+
+def test_every_module_has_its_place():
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_module_imports_only_modules_above_it(name):
+    ours, others = imports(name)
+    assert ours <= set(ORDER[: ORDER.index(name)])
+    if name in MATHS:
+        assert not others & {"accelerate", "matplotlib", "gradio"}
+    if name != "data":
+        assert "datasets" not in others
+
+
+def test_import_is_lazy():
+    heavy = ("torch", "diffusers", "datasets", "transformers", "accelerate", "matplotlib")
+    code = f"import ddpm_hf, sys; print(*[m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "", result.stderr
+
+
+def test_public_names_resolve_and_unknown_ones_do_not():
+    import ddpm_hf
+
+    assert all(getattr(ddpm_hf, name) is not None for name in ddpm_hf.__all__)
+    assert set(ddpm_hf.__all__) <= set(dir(ddpm_hf))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ddpm_hf.nothing
+
+
+def test_docs_paper_md_names_functions_and_tests_that_exist():
+    rows = re.findall(
+        r"`([a-z_]+)\.([\w.]+)`.*`(test_\w+)::(test_\w+)`",
+        (REPOSITORY / "docs/paper.md").read_text(),
+    )
+    assert len(rows) >= 15
+    for module, path, test_file, test in rows:
+        found = importlib.import_module(f"ddpm_hf.{module}")
+        for part in path.split("."):
+            found = getattr(found, part)
+        assert f"def {test}(" in (REPOSITORY / "tests" / f"{test_file}.py").read_text(), (
+            test_file,
+            test,
+        )

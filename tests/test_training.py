@@ -1,0 +1,372 @@
+"""The loop: what it trains, that it resumes bit for bit, and what it leaves behind."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from ddpm_hf import DDPMPipeline, TrainingConfig, train
+from ddpm_hf.checkpoint import list_checkpoints
+from ddpm_hf.errors import InputError
+from ddpm_hf.losses import simple_loss
+from ddpm_hf.training import build_ema, build_optimizer
+
+
+def run(settings, **changes):
+    return train(TrainingConfig(**{**settings, **changes}))
+
+
+def weights(directory, name="unet"):
+    newest = list_checkpoints(Path(directory))[-1]
+    tensors = load_file(newest / f"{name}.safetensors")
+    return {key: tensor.clone() for key, tensor in tensors.items()}  # not a view of the file
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_leaves_a_pipeline_pictures_and_curves(quick_settings):
+    result = run(quick_settings, logger="tensorboard")
+    out = result.output_dir
+    assert result.step == 4
+    assert np.isfinite(result.loss)
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "checkpoint-2", "checkpoint-4", "config.json", "logs", "loss_curve.png", "metrics.jsonl",
+        "model_index.json", "samples", "scheduler", "unet",
+    }  # fmt: skip
+    assert any("tfevents" in path.name for path in (out / "logs").rglob("*"))
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+    for picture in (result.samples, result.loss_curve, out / "samples" / "first_batch.png"):
+        assert len(np.unique(np.asarray(Image.open(picture)))) > 10, picture
+    images = DDPMPipeline.from_pretrained(out)(batch_size=8, num_inference_steps=2).images
+    assert [(image.mode, image.size) for image in images] == [("L", (8, 8))] * 8
+
+
+def test_the_first_batch_picture_is_what_the_network_sees(quick_settings):
+    result = run(quick_settings, max_train_steps=1, random_flip=True)
+    grid = np.asarray(Image.open(result.output_dir / "samples" / "first_batch.png"))
+    seen = []
+
+    def spy(unet, scheduler, x_0, eps, t):
+        seen.append(x_0)
+        return simple_loss(unet, scheduler, x_0, eps, t)
+
+    config = {**quick_settings, "random_flip": True, "max_train_steps": 1}
+    train(TrainingConfig(**{**config, "output_dir": str(result.output_dir.parent / "b")}), spy)
+    tile = ((seen[0][0, 0] + 1) * 127.5).round().numpy().astype(np.uint8)
+    zoom = 56 // 8
+    assert np.array_equal(grid[2 : 2 + 56 : zoom, 2 : 2 + 56 : zoom], tile)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_stopped_run_goes_on_bit_for_bit(quick_settings, tmp_path, optimizer, accumulation):
+    settings = quick_settings | dict(
+        optimizer=optimizer, gradient_accumulation_steps=accumulation, dropout=0.2,
+        random_flip=True, train_batch_size=3, checkpointing_steps=1, checkpoints_total_limit=None,
+        max_train_steps=5,
+    )  # fmt: skip
+    whole = run(settings, output_dir=str(tmp_path / "whole")).output_dir
+
+    class StopError(Exception):
+        pass
+
+    calls = 0
+
+    def interrupted(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls > 3 * accumulation:  # inside the fourth step
+            raise StopError
+        return simple_loss(*arguments)
+
+    stopped = TrainingConfig(**settings)
+    with pytest.raises(StopError):
+        train(stopped, interrupted)
+    assert list_checkpoints(stopped.run_dir)[-1].name == "checkpoint-3"
+    train(stopped)
+    for name in ("unet", "ema", "optimizer"):
+        assert equal(weights(whole, name), weights(stopped.run_dir, name)), name
+    states = [
+        json.loads((d / "checkpoint-5/state.json").read_text()) for d in (whole, stopped.run_dir)
+    ]
+    assert states[0] == states[1]
+    logged = [
+        [json.loads(line)["loss"] for line in (d / "metrics.jsonl").read_text().splitlines()]
+        for d in (whole, stopped.run_dir)
+    ]
+    assert logged[0] == logged[1]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(quick_settings, capsys):
+    out = run(quick_settings).output_dir
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != "config.json"}
+    assert run(quick_settings).loss is None
+    assert "This run is finished" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != "config.json"}
+
+
+def test_more_steps_continue_a_finished_run(quick_settings, capsys):
+    run(quick_settings)
+    result = run(quick_settings, max_train_steps=6)
+    printed = capsys.readouterr().out
+    assert "Changed: max_train_steps was 4, now 6" in printed
+    assert "checkpoint-4 (4 of 6 steps)" in printed
+    assert result.step == 6
+
+
+def test_fewer_steps_than_done_report_the_steps_done(quick_settings):
+    run(quick_settings)
+    assert run(quick_settings, max_train_steps=2).step == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"train_batch_size": 8}, "global_batch_size was 4, now 8"),
+        ({"ddpm_beta_schedule": "linear"}, "ddpm_beta_schedule was 'cosine', now 'linear'"),
+        ({"split": "test[:40]"}, "data_fingerprint was"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused(quick_settings, changes, named):
+    out = run(quick_settings, max_train_steps=1).output_dir
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    with pytest.raises(InputError, match=named):
+        run(quick_settings, max_train_steps=1, **changes)
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+
+
+def test_overwriting_starts_afresh(quick_settings):
+    run(quick_settings)
+    result = run(quick_settings, seed=1, max_train_steps=1, overwrite_output_dir=True)
+    assert [path.name for path in list_checkpoints(result.output_dir)] == ["checkpoint-1"]
+    assert len((result.output_dir / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(quick_settings, capsys):
+    out = run(quick_settings).output_dir
+    final = weights(out)
+    (out / "checkpoint-4" / "unet.safetensors").write_bytes(b"broken")
+    run(quick_settings)
+    printed = capsys.readouterr().out
+    assert "checkpoint-4 is damaged: unet.safetensors has changed" in printed
+    assert "checkpoint-2 (2 of 4 steps)" in printed
+    assert equal(final, weights(out))
+
+
+def test_resuming_from_a_named_checkpoint(quick_settings, capsys):
+    out = run(quick_settings).output_dir
+    for name in ("checkpoint-2", str(out / "checkpoint-2")):
+        run(quick_settings, resume_from_checkpoint=name)
+        assert "checkpoint-2 (2 of 4 steps)" in capsys.readouterr().out
+    with pytest.raises(InputError, match="'checkpoint-3' is no folder; this run has.*checkpoint-2"):
+        run(quick_settings, resume_from_checkpoint="checkpoint-3")
+
+
+def test_the_saved_weights_are_the_averaged_ones(quick_settings):
+    out = run(quick_settings, max_train_steps=3).output_dir
+    saved = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert equal(saved, weights(out, "ema"))
+    assert not equal(saved, weights(out, "unet"))
+
+
+def test_without_ema_the_saved_weights_are_the_trained_ones(quick_settings):
+    out = run(quick_settings, use_ema=False).output_dir
+    saved = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert equal(saved, weights(out, "unet"))
+    assert not (out / "checkpoint-4" / "ema.safetensors").exists()
+
+
+def test_the_papers_ema_is_constant_from_the_first_step():
+    """Pitfall L8: EMAModel(decay=.9999) runs 0, .18, .25 ... and drops the initial weights."""
+    layer = torch.nn.Linear(1, 1, bias=False)
+    config = TrainingConfig(dataset_name="x", ema_min_decay=0.9999, ema_max_decay=0.9999)
+    ours, stock = build_ema(layer, config), EMAModel(layer.parameters(), decay=0.9999)
+    torch.nn.init.zeros_(layer.weight)
+    for start in (ours, stock):
+        start.shadow_params[0].fill_(1.0)
+    for _ in range(2000):
+        ours.step(layer.parameters())
+        stock.step(layer.parameters())
+    # float32 rounds 1 - 0.9999 by 2e-7 relative, 2,000 times
+    assert ours.shadow_params[0].item() == pytest.approx(0.9999**2000, rel=1e-3)
+    assert stock.shadow_params[0].item() == 0.0
+
+
+def test_ema_with_warm_up_follows_its_formula():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    ema = build_ema(layer, TrainingConfig(dataset_name="x", ema_max_decay=0.9))
+    decays = []
+    for _ in range(40):
+        ema.step(layer.parameters())
+        decays.append(ema.cur_decay_value)
+    assert decays == pytest.approx([0.0] + [min(0.9, 1 - (1 + k) ** -0.75) for k in range(1, 40)])
+
+
+def test_the_learning_rate_covers_its_schedule_under_accumulation(quick_settings):
+    """Pitfall 4.3: stock counts micro-steps, so that with accumulation a the schedule is cut to
+    1/a.
+    """
+    settings = quick_settings | dict(lr_scheduler="linear", learning_rate=1.0, lr_warmup_steps=2)
+    out = run(settings, gradient_accumulation_steps=3, max_train_steps=4).output_dir
+    rates = [json.loads(line)["lr"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rates == [0.5, 1.0, 0.5, 0.0]
+
+
+def test_accumulation_is_the_same_as_a_larger_batch(quick_settings, tmp_path):
+    one = run(quick_settings, train_batch_size=8, output_dir=str(tmp_path / "a")).output_dir
+    four = run(
+        quick_settings, train_batch_size=2, gradient_accumulation_steps=4,
+        output_dir=str(tmp_path / "b"),
+    ).output_dir  # fmt: skip
+    a, b = weights(one), weights(four)
+    # Adam divides by the gradient's size, so rounding of 1e-7 in a small gradient shows as 1e-5
+    assert all(torch.allclose(a[k], b[k], atol=2e-5) for k in a)
+
+
+def test_muon_takes_the_hidden_convolutions_and_adamw_the_rest(quick_settings):
+    from ddpm_hf import build_unet
+
+    unet = build_unet("fashion-quick", image_channels=1)
+    config = TrainingConfig(**quick_settings | dict(optimizer="muon", learning_rate=3e-3))
+    muon, adamw = build_optimizer(unet, config).param_groups
+    assert (muon["use_muon"], muon["lr"], muon["momentum"]) == (True, 0.02, 0.95)
+    assert (adamw["use_muon"], adamw["lr"], tuple(adamw["betas"])) == (False, 3e-3, (0.9, 0.999))
+    names = {id(p): name for name, p in unet.named_parameters()}
+    hidden = [names[id(p)] for p in muon["params"]]
+    assert all(name.endswith(".weight") and "conv" in name for name in hidden)
+    assert not {"conv_in.weight", "conv_out.weight"} & set(hidden)
+    assert len(muon["params"]) + len(adamw["params"]) == len(names)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_training_twice_in_one_process_in_any_precision(quick_settings, precision):
+    """As in a notebook; accelerate keeps its state between calls."""
+    assert np.isfinite(run(quick_settings, mixed_precision=precision, max_train_steps=1).loss)
+
+
+def test_the_launchers_precision_is_taken_when_none_is_asked_for(
+    quick_settings, monkeypatch, capsys
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run(quick_settings, max_train_steps=1)
+    assert "mixed precision bf16" in capsys.readouterr().out
+
+
+def test_half_precision_keeps_the_forward_process_in_float32(quick_settings):
+    """Pitfall 4.1: stock casts images and noise, so that t = 0..9 carry no noise in bf16."""
+    seen = []
+
+    def spy(unet, scheduler, x_0, eps, t):
+        seen.append((x_0.dtype, eps.dtype, scheduler.q_sample(x_0, eps, t).dtype))
+        return simple_loss(unet, scheduler, x_0, eps, t)
+
+    train(TrainingConfig(**quick_settings | dict(mixed_precision="bf16", max_train_steps=1)), spy)
+    assert seen == [(torch.float32,) * 3]
+
+
+def test_another_objective_needs_no_change_of_the_loop(quick_settings):
+    def absolute(unet, scheduler, x_0, eps, t):
+        x_t = scheduler.q_sample(x_0, eps, t)
+        return (unet(x_t, t).sample - scheduler.target(x_0, eps, t)).abs().mean((1, 2, 3))
+
+    plain = run(quick_settings, max_train_steps=1).loss
+    other = TrainingConfig(**quick_settings | dict(overwrite_output_dir=True, max_train_steps=1))
+    assert train(other, absolute).loss != plain
+
+
+def test_epochs_save_grids_and_pipelines(quick_settings):
+    # 48 images, 4 a step: an epoch is 12 steps
+    result = run(quick_settings, max_train_steps=None, num_epochs=2, save_images_epochs=1,
+                 save_model_epochs=1)  # fmt: skip
+    assert result.step == 24
+    pictures = sorted(path.name for path in (result.output_dir / "samples").iterdir())
+    assert pictures == ["first_batch.png", "grid.png", "step-12.png"]
+
+
+def test_all_cores_compute_although_the_launcher_says_one(quick_settings, capfd):
+    """Pitfall L1."""
+    script = (
+        "import torch; from ddpm_hf import TrainingConfig, train\n"
+        f"train(TrainingConfig(**{quick_settings | dict(max_train_steps=1)!r}))\n"
+        "print('threads', torch.get_num_threads())"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert f"threads {len(os.sched_getaffinity(0))}" in result.stdout, result.stderr
+
+
+def test_the_thread_count_can_be_set(quick_settings):
+    before = torch.get_num_threads()
+    run(quick_settings, cpu_threads="2", max_train_steps=1)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
+def digest(images, eps, t):
+    return hashlib.sha256(b"".join(x.numpy().tobytes() for x in (images, eps, t))).hexdigest()
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_same_as_one_and_end_with_the_same_weights(quick_settings, tmp_path):
+    """Plain torchrun, two gloo processes. Parameters differ by the order of summation only."""
+    settings = quick_settings | dict(train_batch_size=4, max_train_steps=3, random_flip=True)
+    one = run(settings, train_batch_size=8, output_dir=str(tmp_path / "one")).output_dir
+    two = settings | dict(output_dir=str(tmp_path / "two"))
+    script = tmp_path / "job.py"
+    script.write_text(
+        f"from ddpm_hf import TrainingConfig, train\ntrain(TrainingConfig(**{two!r}))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script)]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "2 process(es) on cpu" in result.stdout
+    a, b = weights(one), weights(tmp_path / "two")
+    # Adam divides by the gradient's size, so rounding of 1e-7 in a small gradient shows as 1e-5
+    assert all(torch.allclose(a[k], b[k], atol=2e-5) for k in a)
+    grids = [Image.open(d / "samples" / "grid.png") for d in (one, tmp_path / "two")]
+    difference = np.asarray(grids[0]).astype(int) - np.asarray(grids[1])
+    assert np.abs(difference).max() <= 1
+
+
+def test_any_split_over_processes_draws_the_same_noise_and_timesteps(quick_settings):
+    """Run.draw for 1 process x 8, 2 x 4 and 2 x 2 x 2 micro-steps, by hash of every row."""
+    from types import SimpleNamespace
+
+    from ddpm_hf.data import ImageStream, load_images
+    from ddpm_hf.training import Run
+
+    config = TrainingConfig(**quick_settings)
+    images = load_images(config)
+
+    def rows(processes, batch, accumulation):
+        stream = ImageStream(images, 0, 8, True)
+        drawn = []
+        for micro in range(accumulation):
+            for rank in range(processes):
+                place = SimpleNamespace(
+                    num_processes=processes, process_index=rank, device=torch.device("cpu")
+                )
+                settings = TrainingConfig(**quick_settings | dict(train_batch_size=batch))
+                run = Run(settings, place, stream, *[None] * 6)
+                drawn += [digest(*row) for row in zip(*run.draw(3, micro), strict=True)]
+        return drawn
+
+    assert len(set(rows(1, 8, 1))) == 8
+    assert rows(1, 8, 1) == rows(2, 4, 1) == rows(2, 2, 2)
