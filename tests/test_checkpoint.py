@@ -170,7 +170,8 @@ def test_a_strangers_folder_is_refused_and_left_alone(tmp_path):
     with pytest.raises(InputError, match="is not empty and holds no run"):
         ck.compare_runs(tmp_path, {"seed": 1})
     with pytest.raises(InputError, match="holds no run of ddpm_hf; delete it yourself"):
-        ck.clear_run(tmp_path)
+        ck.refuse_stranger(tmp_path)
+    ck.clear_run(tmp_path)
     assert os.listdir(tmp_path) == ["thesis.txt"]
 
 

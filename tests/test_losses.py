@@ -233,6 +233,11 @@ def test_stratified_timesteps_put_one_in_every_stratum(batch, num_timesteps):
         assert (t // width).tolist() == list(range(batch))
 
 
+def test_stratified_timesteps_have_a_draw_of_their_own_in_every_stratum():
+    draws = torch.tensor([0.25, 0.75, 0.0, 0.5])
+    assert stratified_timesteps(draws, 400).tolist() == [25, 175, 200, 350]
+
+
 @pytest.mark.parametrize("batch", [3, 7, 128, 300])
 def test_stratified_timesteps_cover_evenly_a_range_that_the_batch_does_not_divide(batch):
     """Share i is [i T / B, (i + 1) T / B), cut to integers; with more images than timesteps too."""

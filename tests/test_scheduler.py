@@ -387,6 +387,12 @@ def test_alpha_bar_at_floats_meets_the_integers_and_falls_between_them():
     assert (between > scheduler.alpha_bar_at(t[1:])).all()
 
 
+def test_alpha_bar_at_floats_by_hand():
+    """Noise levels 1 / 3 and 1 (alpha_bar 0.9, 0.5): a quarter of the way lies 1 / 2."""
+    scheduler = DDPMScheduler(2, trained_betas=[0.1, 4 / 9])
+    assert scheduler.alpha_bar_at(0.25).item() == pytest.approx(1 / (1 + 0.5**2))
+
+
 @pytest.mark.parametrize("t", [999.0, 998.5, 998.0])
 def test_alpha_bar_at_floats_with_zero_terminal_snr(t):
     """Euler's and Heun's timesteps are floats also where alpha_bar_T = 0: infinite noise."""
@@ -471,6 +477,14 @@ def test_forward_process_equals_diffusers_in_float32(process, method):
     # Stock's float32 alpha_bar is 6e-8 off: 3e-6 in sqrt(1 - alpha_bar) = 0.01 (cosine, T = 4000:
     # 1.3e-5 in 0.002), times eps of up to 4.
     torch.testing.assert_close(a, b, rtol=0, atol=6e-5)
+
+
+def test_get_velocity_is_the_target_of_v_prediction_in_the_type_of_the_images():
+    scheduler = DDPMScheduler(prediction_type="v_prediction")
+    x_0, eps = images(8, 1, 4, 4).bfloat16(), noise(8, 1, 4, 4).bfloat16()
+    v = scheduler.target(x_0, eps, T_ALL)
+    assert v.dtype == torch.float32
+    assert torch.equal(scheduler.get_velocity(x_0, eps, T_ALL), v.bfloat16())
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace"])

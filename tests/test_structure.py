@@ -22,8 +22,11 @@ ORDER = [
     "data",
     "losses",
     "pipeline",
+    "optimization",
     "checkpoint",
     "sampling",
+    "hub",
+    "run",
     "training",
     "cli",
 ]
@@ -36,6 +39,7 @@ MATHS = {
     "data",
     "losses",
     "pipeline",
+    "optimization",
     "checkpoint",
 }
 
@@ -45,7 +49,8 @@ def imports(name):
     ours, others = set(), set()
     for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            ours |= {node.module} if node.module else {alias.name for alias in node.names}
+            names = {alias.name for alias in node.names} - {"__version__"}
+            ours |= {node.module} if node.module else names
         elif isinstance(node, ast.ImportFrom):
             others.add(node.module.split(".")[0])
         elif isinstance(node, ast.Import):

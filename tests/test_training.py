@@ -18,7 +18,7 @@ from ddpm_hf import DDPMPipeline, TrainingConfig, train
 from ddpm_hf.checkpoint import list_checkpoints
 from ddpm_hf.errors import InputError
 from ddpm_hf.losses import simple_loss
-from ddpm_hf.training import build_ema, build_optimizer
+from ddpm_hf.optimization import build_ema, build_optimizer
 
 
 def run(settings, **changes):
@@ -42,8 +42,8 @@ def test_a_run_leaves_a_pipeline_pictures_and_curves(quick_settings):
     assert np.isfinite(result.loss)
     names = {path.name for path in out.iterdir()}
     assert names == {
-        "checkpoint-2", "checkpoint-4", "config.json", "logs", "loss_curve.png", "metrics.jsonl",
-        "model_index.json", "samples", "scheduler", "unet",
+        "README.md", "checkpoint-2", "checkpoint-4", "config.json", "logs", "loss_curve.png",
+        "metrics.jsonl", "model_index.json", "samples", "scheduler", "unet",
     }  # fmt: skip
     assert any("tfevents" in path.name for path in (out / "logs").rglob("*"))
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -350,7 +350,7 @@ def test_any_split_over_processes_draws_the_same_noise_and_timesteps(quick_setti
     from types import SimpleNamespace
 
     from ddpm_hf.data import ImageStream, load_images
-    from ddpm_hf.training import Run
+    from ddpm_hf.run import Run
 
     config = TrainingConfig(**quick_settings)
     images = load_images(config)

@@ -104,6 +104,14 @@ def save_checkpoint(
     return final
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one piece: whoever reads it finds the old text or the new."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    flush(partial)
+    partial.replace(path)
+
+
 def flush(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders
@@ -257,18 +265,18 @@ def compare_runs(directory: Path, settings: dict[str, Any]) -> list[str]:
     ]
 
 
-def clear_run(directory: Path) -> None:
-    """Delete a run's own files; refuses a folder without a run in it.
-
-    Raises:
-        InputError: the folder is not empty and holds no run.
-    """
-    if not directory.exists() or not any(directory.iterdir()):
-        return
-    if not (directory / CONFIG).is_file():
+def refuse_stranger(directory: Path) -> None:
+    """Raise InputError if a folder holds something, and that is no run."""
+    if directory.exists() and any(directory.iterdir()) and not (directory / CONFIG).is_file():
         raise InputError(
             f"overwrite_output_dir: {directory} holds no run of ddpm_hf; delete it yourself"
         )
+
+
+def clear_run(directory: Path) -> None:
+    """Delete a run's own files, the one that names it a run at last."""
+    if not (directory / CONFIG).is_file():
+        return
     logging_dir = json.loads((directory / CONFIG).read_text()).get("logging_dir", "logs")
     for name in [
         "unet",
@@ -278,7 +286,7 @@ def clear_run(directory: Path) -> None:
         *(p.name for p in list_checkpoints(directory)),
     ]:
         shutil.rmtree(directory / name, ignore_errors=True)
-    for name in ("model_index.json", "loss_curve.png", METRICS, CONFIG):
+    for name in ("model_index.json", "README.md", "loss_curve.png", METRICS, CONFIG):
         (directory / name).unlink(missing_ok=True)
 
 
@@ -289,4 +297,4 @@ def keep_metrics(path: Path, step: int) -> None:
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
     if kept != lines:
-        path.write_text("".join(kept))
+        write_text(path, "".join(kept))

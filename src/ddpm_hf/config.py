@@ -6,9 +6,8 @@ command-line words and parsed once, so that a type is checked in one place where
 from (YAML reads `1e-4` as text). Imports neither torch nor diffusers: `--help` is instant.
 """
 
-import json
 import typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -284,10 +283,6 @@ class TrainingConfig:
             InputError: an unknown recipe or setting, or a value of the wrong type.
         """
         return parse_config(["--recipe", recipe, *as_words(settings, "from_recipe")])
-
-    def save(self, path: Path) -> None:
-        """Write all settings as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
 def field_names() -> list[str]:

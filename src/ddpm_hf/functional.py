@@ -34,8 +34,11 @@ def mean_flat(x: Tensor) -> Tensor:
 
 
 def mix_seed(*numbers: int) -> int:
-    """One 64-bit seed from several numbers, each of which changes it beyond recognition."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    """One 64-bit seed from several numbers >= 0, each of which changes it beyond recognition.
+
+    The length takes part: to SeedSequence alone a trailing 0 is nothing.
+    """
+    return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)[0])
 
 
 class Gaussian(NamedTuple):

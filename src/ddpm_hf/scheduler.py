@@ -129,13 +129,18 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         alpha_bar - 1) is interpolated linearly, as diffusers does.
         """
         t = torch.as_tensor(t, device="cpu")
+        if bool((t < -1).any()) or bool((t >= len(self.beta)).any()):
+            raise ValueError(
+                f"timesteps must be in [-1, {len(self.beta) - 1}], -1 for the clean image; got "
+                f"{t.tolist()}"
+            )
         if not t.is_floating_point():
             return self.alpha_bar[t + 1]
         low, high = self.alpha_bar[t.floor().long() + 1], self.alpha_bar[t.ceil().long() + 1]
-        sigma = torch.lerp(
-            (1 / low - 1).sqrt(), (1 / high - 1).sqrt(), t.double() - t.double().floor()
-        )
-        return 1 / (1 + sigma**2)
+        fraction = t.double() - t.double().floor()
+        sigma = (1 / low - 1).sqrt().lerp((1 / high - 1).sqrt(), fraction)
+        # Where alpha_bar is 0 the noise level is infinite, and interpolating it is no number.
+        return torch.where(fraction == 0, low, torch.where(high == 0, high, 1 / (1 + sigma**2)))
 
     def q_sample(self, x_0: Tensor, eps: Tensor, t: Timestep) -> Tensor:
         """Eq. (4): x_t ~ q(x_t | x_0), the image with all the noise of t steps at once.
@@ -334,14 +339,14 @@ class DDPMScheduler(diffusers.DDPMScheduler):
                 f"timesteps must be a descending list of timesteps >= 0; got {timesteps}"
             )
         super().set_timesteps(num_inference_steps, device, timesteps)
-        if timesteps is None and self.config.timestep_spacing == "trailing":
-            # Stock walks down by a float stride, whose rounding yields one timestep too many for
-            # some counts.
-            steps = torch.arange(num_inference_steps, 0, -1, dtype=torch.float64)
-            trailing = (
-                steps * self.config.num_train_timesteps / num_inference_steps
-            ).round().long() - 1
-            self.timesteps = trailing.to(device)
+        # Stock walks down by a float stride, whose rounding yields one timestep too many for some
+        # counts; with steps_offset its first one may not exist.
+        self.timesteps = self.timesteps[: num_inference_steps or len(timesteps)]
+        if int(self.timesteps[0]) >= self.config.num_train_timesteps:
+            raise ValueError(
+                f"steps_offset={self.config.steps_offset} leads to timestep "
+                f"{int(self.timesteps[0])} of {self.config.num_train_timesteps}; use fewer steps"
+            )
 
     def previous_timestep(self, timestep: Timestep) -> int:
         """The timestep after this one in the sub-chain being sampled; -1, the clean image, after
