@@ -9,7 +9,7 @@ preset < recipe < flags).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .errors import InputError, check_choice
 
@@ -66,7 +66,8 @@ class Preset:
         channels: block_out_channels, one entry a level; empty for `auto`, which sizes itself by the
             resolution.
         attention: Levels with self-attention (0 is full resolution).
-        zero_init: Ho et al.'s initialisation (`initialise`) rather than PyTorch's.
+        initialisation: `ho` (`initialise`), `zero` (PyTorch's weights, zero where a branch ends) or
+            `torch` (PyTorch's alone).
         settings: The layer that it adds to a TrainingConfig.
     """
 
@@ -76,7 +77,7 @@ class Preset:
     settings: dict
     channels: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
-    zero_init: bool = True
+    initialisation: Literal["ho", "zero", "torch"] = "ho"
 
 
 PRESETS: dict[str, Preset] = {
@@ -122,6 +123,7 @@ PRESETS: dict[str, Preset] = {
             resnet_time_scale_shift="scale_shift",
         ),
         channels=(32, 64, 64),
+        initialisation="zero",
         settings=dict(resolution="28", dropout=0.0),
     ),
     "diffusers-unconditional": Preset(
@@ -130,7 +132,7 @@ PRESETS: dict[str, Preset] = {
         blocks=dict(layers_per_block=2),
         channels=(128, 128, 256, 256, 512, 512),
         attention=(4,),
-        zero_init=False,
+        initialisation="torch",
         settings=dict(HO_PROCESS, resolution="64", variance_type="fixed_small", dropout=0.0),
     ),
 }
@@ -214,29 +216,37 @@ def build_unet(preset: str = "auto", **arguments) -> UNet2DModel:
     from diffusers import UNet2DModel
 
     unet = UNet2DModel(**unet_config(preset, **arguments))
-    return initialise(unet) if PRESETS[preset].zero_init else unet
+    if PRESETS[preset].initialisation == "ho":
+        initialise(unet)
+    if PRESETS[preset].initialisation == "zero":
+        zero_branches(unet)
+    return unet
 
 
-def initialise(unet: nn.Module) -> nn.Module:
-    """Ho et al.'s initialisation, in place: fan-average uniform weights, zero biases, and zero
-    weights where a branch or the network ends, so that every residual block starts as the identity
-    and the output is exactly 0.
-
-    Their code scales the last kind by 1e-10 instead of 0.
+def initialise(unet: nn.Module) -> None:
+    """Ho et al.'s initialisation, in place: fan-average uniform weights, zero biases, and
+    `zero_branches` (their code scales those by 1e-10 instead of 0).
     """
-    import torch
+    from torch import nn
+
+    for module in unet.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    zero_branches(unet)
+
+
+def zero_branches(unet: nn.Module) -> None:
+    """Zero the layers where a residual branch or the network ends, in place: every block starts as
+    the identity, and the output is exactly 0.
+    """
     from torch import nn
 
     for name, module in unet.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            if name.endswith((".conv2", ".to_out.0")) or name == "conv_out":
-                nn.init.zeros_(module.weight)
-            else:
-                nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                with torch.no_grad():
-                    module.bias.zero_()
-    return unet
+        if name.endswith((".conv2", ".to_out.0")) or name == "conv_out":
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
 
 
 def build_scheduler(
