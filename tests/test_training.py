@@ -263,7 +263,7 @@ def test_the_launchers_precision_is_taken_when_none_is_asked_for(
 ):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     run(quick_settings, max_train_steps=1)
-    assert "mixed precision bf16" in capsys.readouterr().out
+    assert "mixed precision: bf16" in capsys.readouterr().out
 
 
 def test_half_precision_keeps_the_forward_process_in_float32(quick_settings):
@@ -336,7 +336,7 @@ def test_two_processes_draw_the_same_as_one_and_end_with_the_same_weights(quick_
                "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script)]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "2 process(es) on cpu" in result.stdout
+    assert "processes: 2, on cpu" in result.stdout
     a, b = weights(one), weights(tmp_path / "two")
     # Adam divides by the gradient's size, so rounding of 1e-7 in a small gradient shows as 1e-5
     assert all(torch.allclose(a[k], b[k], atol=2e-5) for k in a)

@@ -1,5 +1,4 @@
-"""The folder of a run, and checkpoints in it: named safetensors and JSON, complete or not there at
-all.
+"""The folder of a run, and checkpoints in it: safetensors and JSON, whole or not there at all.
 
 What exact resume means here. Parameters, EMA, optimiser and learning-rate state are in the
 checkpoint; everything random is a function of (seed, position), and dropout of (seed, step, rank),
@@ -170,9 +169,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def find_latest(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, or None; and what is wrong with the newer ones that
-    were passed over.
-    """
+    """The newest whole checkpoint, or None; and what is wrong with newer ones, passed over."""
     passed_over = []
     for folder in reversed(list_checkpoints(run_dir)):
         wrong = damage(folder)
@@ -229,8 +226,7 @@ def _as_saved(value: Any) -> Any:
 
 
 def compare_runs(directory: Path, settings: dict[str, Any]) -> list[str]:
-    """Compare the settings with those of the run in a folder; returns a line per harmless
-    difference.
+    """Compare settings with those of the run in a folder; a line per harmless difference.
 
     Raises:
         InputError: the folder is in use by something else, or by a run with another identity.

@@ -1,5 +1,4 @@
-"""TrainingConfig: every setting of a run, its default with the reason, and how the layers are put
-together.
+"""TrainingConfig: every setting of a run, its default and reason, and how the layers combine.
 
 Layers, the later wins: defaults < preset < recipe file < flags. Each layer is turned into
 command-line words and parsed once, so that a type is checked in one place wherever a value comes
@@ -66,8 +65,7 @@ def arg(default: Any, help: str) -> Any:
 
 @dataclass
 class TrainingConfig:
-    """All settings of `ddpm_hf.train`, under the names of diffusers' train_unconditional.py where
-    it has one.
+    """All settings of `ddpm_hf.train`, named as in diffusers' train_unconditional.py if there.
 
     The defaults are the recipe `default`: what measured best for a user's own images (docs/log.md
     holds the numbers).
@@ -171,7 +169,7 @@ class TrainingConfig:
         "cosine", "Learning-rate schedule over all optimiser steps, as diffusers names them."
     )
     lr_warmup_steps: int = arg(500, "Optimiser steps of linear warm-up.")
-    adam_beta1: float = arg(0.9, "AdamW's beta1 (Ho et al.; stock's 0.95 measured no better).")
+    adam_beta1: float = arg(0.9, "AdamW's beta1, as in the paper.")
     adam_beta2: float = arg(0.999, "AdamW's beta2.")
     adam_weight_decay: float = arg(0.0, "AdamW's weight decay; 0 is Adam, as in the paper.")
     adam_epsilon: float = arg(1e-8, "AdamW's epsilon.")

@@ -49,9 +49,7 @@ class Batch(NamedTuple):
 
 
 def to_network(images: Tensor) -> Tensor:
-    """Pixels as the network sees them: float32 in [-1, 1], (B, C, H, W). Ho et al. 2020, section
-    3.3.
-    """
+    """Pixels as the network sees them: float32 in [-1, 1], (B, C, H, W). Ho et al., section 3.3."""
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
@@ -59,9 +57,7 @@ def to_network(images: Tensor) -> Tensor:
 
 
 def flatten_transparency(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """An image of any Pillow mode as L, RGB, or a deep grey mode; transparency is composited on
-    `background`.
-    """
+    """Any Pillow image as L, RGB or a deep grey mode, composited on `background`."""
     if image.mode in ("L", "RGB", "F", "I") or image.mode.startswith("I;16"):
         return image
     if image.mode == "1":
@@ -74,8 +70,7 @@ def flatten_transparency(image: Image.Image, background: tuple[int, int, int]) -
 
 
 def deep_to_unit(image: Image.Image) -> Image.Image:
-    """A grey image of more than 8 bits (16-bit integers, or floats in [0, 1]) as float32 in [-1,
-    1].
+    """A grey image deeper than 8 bits (16-bit integers, floats in [0, 1]) as float32 in [-1, 1].
 
     Raises:
         ValueError: integers beyond 65535, or floats that are not in [0, 1].
@@ -88,9 +83,7 @@ def deep_to_unit(image: Image.Image) -> Image.Image:
 
 
 def resize_to_cover(image: Image.Image, size: tuple[int, int], centre: bool) -> Image.Image:
-    """The image scaled, with antialiasing, so that it just covers (height, width); cropped to it if
-    `centre`.
-    """
+    """The image scaled to just cover (height, width), antialiased; cropped to it if `centre`."""
     height, width = size
     scale = max(height / image.height, width / image.width)
     scaled = max(width, round(image.width * scale)), max(height, round(image.height * scale))
@@ -394,8 +387,7 @@ def load_images(config: TrainingConfig) -> ImageSet:
 
 @dataclass
 class ImageStream:
-    """Global batch k of a run: `global_batch_size` images at positions [k G, (k + 1) G) of shuffled
-    epochs.
+    """Global batch k of a run: images at positions [k G, (k + 1) G) of shuffled epochs.
 
     An epoch is a permutation drawn from (seed, epoch); batches run across the border between
     epochs, so that every image is seen equally often and no batch is smaller.

@@ -1,15 +1,11 @@
-"""The one exception of this package for input its user can mend, and the check of a word against a
-list.
-"""
+"""The exception for input that its user can mend, and the check of a word against a list."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """A setting, file or image set that its user can mend; the command line prints it as one line,
-    exit code 2.
-    """
+    """A setting, file or image set that its user can mend: one line, exit code 2."""
 
 
 def did_you_mean(value: object, choices: Iterable[str]) -> str:

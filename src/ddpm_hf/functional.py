@@ -1,5 +1,4 @@
-"""Pure tensor maths: beta schedules, Gaussians, and the one place where a coefficient meets an
-image.
+"""Pure tensor maths: beta schedules, Gaussians, and where a coefficient meets an image.
 
 Schedules are float64 on the CPU. A coefficient is finished in float64 and then cast, moved and
 reshaped by `like`.
@@ -63,9 +62,7 @@ def scaled_linear_betas(num_timesteps: int, beta_start: float, beta_end: float) 
 
 
 def sigmoid_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
-    """A sigmoid from beta_start to beta_end: Xu et al. 2022 (GeoDiff), as diffusers' word `sigmoid`
-    means it.
-    """
+    """A sigmoid from beta_start to beta_end: Xu et al. 2022 (GeoDiff), diffusers' `sigmoid`."""
     ramp = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
     return ramp * (beta_end - beta_start) + beta_start
 
@@ -85,9 +82,7 @@ def cosine_betas(num_timesteps: int) -> Tensor:
 
 
 def laplace_betas(num_timesteps: int) -> Tensor:
-    """Hang et al. 2024, in the form that diffusers' word `laplace` means (the square root is
-    diffusers').
-    """
+    """Hang et al. 2024, as diffusers' word `laplace` means it (the square root is theirs)."""
 
     def alpha_bar(u: float) -> float:
         log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)

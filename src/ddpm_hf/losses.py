@@ -19,8 +19,7 @@ LossFunction = Callable[[Callable, DDPMScheduler, Tensor, Tensor, Tensor], Tenso
 def simple_loss(
     unet: Callable, scheduler: DDPMScheduler, x_0: Tensor, eps: Tensor, t: Tensor
 ) -> Tensor:
-    """Eq. (14): L_simple, the squared error of the network's prediction at a random timestep; mean
-    over pixels.
+    """Eq. (14): L_simple, the squared error of the prediction at a random timestep, pixel mean.
 
     With prediction types other than epsilon it is the same error of x_0 or v. The variance channels
     of a network that has them take no part.
@@ -38,8 +37,7 @@ def simple_loss(
 
 
 def min_snr_weight(scheduler: DDPMScheduler, t: Tensor, gamma: float) -> Tensor:
-    """Hang et al. 2023, eq. (8): min(SNR, gamma) on the error of x_0, written for the prediction
-    type. (B,) float64.
+    """Hang et al. 2023, eq. (8): min(SNR, gamma) on the error of x_0, (B,) float64.
 
     SNR(t) = alpha_bar / (1 - alpha_bar). An error of eps is SNR times that of x_0, an error of v is
     SNR + 1 times.
@@ -56,8 +54,7 @@ def uniform_timesteps(draws: Tensor, num_timesteps: int) -> Tensor:
 
 
 def stratified_timesteps(draws: Tensor, num_timesteps: int) -> Tensor:
-    """One timestep in each of B equal shares of [0, T): each is uniform over the run, a batch
-    covers them evenly.
+    """One timestep in each of B equal shares of [0, T): a batch covers them evenly.
 
     As Kingma et al. 2021 (VDM), appendix I.1, with a draw of its own in every share.
     """

@@ -30,9 +30,7 @@ def build_optimizer(unet: torch.nn.Module, config: TrainingConfig) -> torch.opti
 
 
 def build_ema(unet: torch.nn.Module, config: TrainingConfig) -> EMAModel:
-    """diffusers' EMAModel; with equal minimum and maximum its decay is constant from the first
-    step, as in the paper.
-    """
+    """diffusers' EMAModel; with minimum = maximum its decay is constant from step 1 (Ho)."""
     ema = EMAModel(
         unet.parameters(),
         decay=config.ema_max_decay,

@@ -22,9 +22,7 @@ OUTPUT_TYPES = ("pil", "np", "numpy", "pt")
 
 
 class DenoisingStep(NamedTuple):
-    """One step of the reverse process: the timestep it left, x_s after it, and the clean image
-    predicted before it.
-    """
+    """One reverse step: the timestep it left, x_s after it, the clean image predicted before."""
 
     t: int | float
     x_s: Tensor
@@ -32,8 +30,7 @@ class DenoisingStep(NamedTuple):
 
 
 class DDPMPipeline(diffusers.DDPMPipeline):
-    """`diffusers.DDPMPipeline` that samples any image shape, in any precision, with any diffusers
-    scheduler.
+    """`diffusers.DDPMPipeline` for any image shape, precision and diffusers scheduler.
 
     What it saves opens with plain diffusers. Images stay float32 through the whole chain whatever
     the network's precision, and a scheduler that takes no generator can be swapped in. `denoise`
@@ -163,9 +160,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         return output if knows else prediction
 
     def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
-        """Set the scheduler's timesteps, and warn where they start well below the noise that
-        sampling starts from.
-        """
+        """Set the timesteps; warn where they start well below the noise that sampling starts at."""
         config = self.scheduler.config
         trained = config.num_train_timesteps
         if not 1 <= num_inference_steps <= trained:
@@ -189,9 +184,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
 
 
 def image_grid(images: list[Image.Image], columns: int | None = None) -> Image.Image:
-    """Images of one size side by side on white, two pixels apart; small ones are enlarged to at
-    least 56 pixels.
-    """
+    """Images of one size side by side on white; small ones enlarged to at least 56 pixels."""
     columns = min(len(images), columns or int(np.ceil(len(images) ** 0.5)))
     width, height = images[0].size
     zoom = max(1, -(-56 // max(width, height)))

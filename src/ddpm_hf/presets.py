@@ -1,5 +1,4 @@
-"""Networks and processes as a table: every published model that a recipe trains, with its source
-and parameter count.
+"""Networks and processes as a table: each model that a recipe trains, its source and size.
 
 Plain data: torch and diffusers are imported inside the functions that build. `settings` use the
 names of TrainingConfig's fields, so that a preset is one layer of the configuration (defaults <
@@ -224,8 +223,9 @@ def build_unet(preset: str = "auto", **arguments) -> UNet2DModel:
 
 
 def initialise(unet: nn.Module) -> None:
-    """Ho et al.'s initialisation, in place: fan-average uniform weights, zero biases, and
-    `zero_branches` (their code scales those by 1e-10 instead of 0).
+    """Ho et al.'s initialisation, in place: fan-average uniform weights, zero biases, zero ends.
+
+    The ends are those of `zero_branches`; their code scales them by 1e-10 instead of 0.
     """
     from torch import nn
 
@@ -238,8 +238,9 @@ def initialise(unet: nn.Module) -> None:
 
 
 def zero_branches(unet: nn.Module) -> None:
-    """Zero the layers where a residual branch or the network ends, in place: every block starts as
-    the identity, and the output is exactly 0.
+    """Zero the last layer of each residual branch and of the network, in place.
+
+    Every block then starts as the identity, and the output is exactly 0.
     """
     from torch import nn
 

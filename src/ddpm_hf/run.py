@@ -1,6 +1,4 @@
-"""What a training run consists of, and what it does around a step: its folder, checkpoints,
-pictures and curves.
-"""
+"""What a run consists of and does around a step: its folder, checkpoints, pictures, curves."""
 
 from __future__ import annotations
 
@@ -76,9 +74,7 @@ class TrainingResult(NamedTuple):
 
 
 def start_accelerator(config: TrainingConfig) -> Accelerator:
-    """Accelerate, on the CPU where there is no other device (two torchrun processes then find each
-    other).
-    """
+    """Accelerate; on the CPU where there is no other device, so that torchrun's processes meet."""
     has_device = torch.cuda.is_available() or torch.backends.mps.is_available()
     precision = config.mixed_precision
     if precision == "auto":
@@ -155,12 +151,12 @@ class Run:
         accelerator = start_accelerator(config)
         with accelerator.main_process_first():  # one process decodes, the others read its cache
             images = load_images(config)
+        height, width = images.size
         accelerator.print(
-            f"Training on {len(images)} images, {images.size[0]}x{images.size[1]} "
-            f"{'RGB' if images.channels == 3 else 'grey'}; {accelerator.num_processes} "
-            f"process(es) on "
-            f"{accelerator.device.type}, {torch.get_num_threads()} CPU threads each, "
-            f"mixed precision {accelerator.mixed_precision}"
+            f"Training on {len(images)} {'RGB' if images.channels == 3 else 'grey'} images, "
+            f"{height}x{width}; processes: {accelerator.num_processes}, on "
+            f"{accelerator.device.type}; CPU threads: {torch.get_num_threads()} each; "
+            f"mixed precision: {accelerator.mixed_precision}"
         )
         for fault in images.faults:
             accelerator.print(f"Skipped an image that cannot be decoded: {fault}")
@@ -252,9 +248,7 @@ class Run:
         return x_0, eps, t
 
     def epoch_ended(self, done: int, every: int) -> bool:
-        """Whether this step completed an epoch whose number is a multiple of `every`; the last step
-        is `finish`'s.
-        """
+        """Whether this step ended an epoch that is a multiple of `every`; the last has `finish`."""
         if not every or done == self.total_steps:
             return False
         before, after = (
@@ -385,9 +379,7 @@ class Run:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[UNet2DModel]:
-        """The network with the averaged weights in it, in eval mode; the trained ones come back
-        afterwards.
-        """
+        """The network with the averaged weights, in eval mode; the trained ones come back after."""
         unet = self.accelerator.unwrap_model(self.unet)
         unet.eval()
         if not self.ema:
@@ -401,9 +393,7 @@ class Run:
             self.ema.restore(unet.parameters())
 
     def save_samples(self, path: Path) -> None:
-        """Sample a grid, every process its share; image i has a seed of its own and is the same at
-        every step.
-        """
+        """Sample a grid, every process its share; image i has a seed of its own, at every step."""
         count, processes = self.config.eval_batch_size, self.accelerator.num_processes
         share = range(
             self.accelerator.process_index, math.ceil(count / processes) * processes, processes
@@ -441,9 +431,7 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def finish(self, step: int, loss: float | None) -> TrainingResult:
-        """Save what the run has learned and say where it is; a run that was finished before is left
-        as it is.
-        """
+        """Save what was learned, say where it is; a run that was finished before is left alone."""
         result = TrainingResult(
             output_dir=self.directory,
             step=step,
@@ -472,8 +460,9 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         self.accelerator.print(
-            f"Pipeline:   {result.output_dir}\nSamples:    {result.samples}\nLoss curve: "
-            f"{result.loss_curve}"
+            f"Pipeline:   {result.output_dir}\n"
+            f"Samples:    {result.samples}\n"
+            f"Loss curve: {result.loss_curve}"
         )
         return result
 

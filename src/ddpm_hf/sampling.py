@@ -1,6 +1,4 @@
-"""Many images from a pipeline into a folder of PNGs or one array file, with memory that does not
-grow.
-"""
+"""Many images from a pipeline into PNGs or one array file, with memory that does not grow."""
 
 import zipfile
 from collections.abc import Iterator
@@ -31,8 +29,7 @@ package's).
 
 
 def load_pipeline(repo_or_folder: str, scheduler: str | None = None) -> DDPMPipeline:
-    """A pipeline from the Hub or a folder, on the fastest device, sampling with the named
-    scheduler.
+    """A pipeline from the Hub or a folder, on the fastest device, with the named scheduler.
 
     Raises:
         InputError: it cannot be loaded, or an unknown scheduler.
@@ -60,9 +57,7 @@ def load_pipeline(repo_or_folder: str, scheduler: str | None = None) -> DDPMPipe
 def sample_batches(
     pipe: DDPMPipeline, num_images: int, *, batch_size: int, seed: int, num_inference_steps: int
 ) -> Iterator[np.ndarray]:
-    """Images in batches, uint8 (B, H, W, C); image i is drawn from (seed, i), whatever the batch
-    size.
-    """
+    """Images in batches, uint8 (B, H, W, C); image i is drawn from (seed, i) in any batch."""
     for first in range(0, num_images, batch_size):
         numbers = range(first, min(first + batch_size, num_images))
         generators = [

@@ -1,5 +1,4 @@
-"""The diffusion process: forward q, its posterior, and the learned reverse step p (Ho et al. 2020,
-eqs. 2-12).
+"""The diffusion process: q, its posterior, and the reverse step p (Ho et al. 2020, eqs. 2-12).
 
 Notation. `t` is 0-based: t = 0 is the paper's t = 1. A reverse step goes from t to any s < t, and s
 = -1 is the clean image, so `alpha_bar` has T + 1 entries of which the first, alpha_bar_at(-1), is
@@ -43,8 +42,7 @@ class ReverseStep(NamedTuple):
 
 
 class DDPMScheduler(diffusers.DDPMScheduler):
-    """`diffusers.DDPMScheduler`, exact: float64 tables, any step t -> s, and every variance word
-    with its meaning.
+    """`diffusers.DDPMScheduler`, exact: float64 tables, any step t -> s, every variance word.
 
     A drop-in subclass: the same configuration, signatures and class name, so what it saves opens
     without ddpm_hf. What stock has no key for stands under `config._ddpm_hf`, which stock carries
@@ -105,8 +103,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
 
     @property
     def extras(self) -> dict:
-        """The private part of the configuration, `_ddpm_hf`; empty for a scheduler that stock
-        wrote.
+        """The private part of the configuration, `_ddpm_hf`; empty where stock wrote it.
 
         Raises:
             ValueError: it was written in a format newer than this version knows.
@@ -114,9 +111,8 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         extras = self.config.get("_ddpm_hf", {})
         if extras.get("format", FORMAT) > FORMAT:
             raise ValueError(
-                f"this scheduler was saved by a newer ddpm_hf (format {extras['format']}; this "
-                f"version reads up to "
-                f"{FORMAT}): pip install --upgrade ddpm_hf"
+                f"this scheduler was saved by a newer ddpm_hf (format {extras['format']}, this one "
+                f"reads up to {FORMAT}): pip install --upgrade ddpm_hf"
             )
         return extras
 
@@ -154,12 +150,11 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         return like(alpha_bar.sqrt(), x_0) * x_0 + like((1 - alpha_bar).sqrt(), x_0) * eps
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Timestep, s: Timestep) -> Gaussian:
-        """Eqs. (6)-(7): q(x_s | x_t, x_0), what every reverse step is trained to match. The paper
-        has s = t - 1.
+        """Eqs. (6)-(7): q(x_s | x_t, x_0), what every reverse step is trained to match.
 
         Args:
             x_0, x_t: Clean and noised images, (B, C, H, W) in [-1, 1].
-            t, s: Timesteps, (B,), s < t.
+            t, s: Timesteps, (B,), s < t; the paper has s = t - 1.
         """
         alpha_bar_t, alpha_bar_s = self.alpha_bar_at(t), self.alpha_bar_at(s)
         alpha = alpha_bar_t / alpha_bar_s
@@ -170,8 +165,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         return Gaussian(mean, like(self.posterior_log_variance(t, s), x_t))
 
     def posterior_log_variance(self, t: Timestep, s: Timestep) -> Tensor:
-        """Eq. (7): log beta-tilde of the step t -> s, (B,) float64, floored at that of the chain's
-        second step.
+        """Eq. (7): log beta-tilde of the step t -> s, (B,) float64, floored at that of 1 -> 0.
 
         The exact variance at s = -1 is 0. Ho et al.'s code puts posterior_variance[1] in its place,
         for a finite decoder likelihood.
@@ -186,9 +180,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
     # Reverse process p
 
     def target(self, x_0: Tensor, eps: Tensor, t: Timestep) -> Tensor:
-        """What the network is trained to say: eps, x_0 or v (Salimans & Ho 2022), by
-        `prediction_type`.
-        """
+        """What the network is trained to say: eps, x_0 or v (Salimans & Ho 2022)."""
         match self.config.prediction_type:
             case "epsilon":
                 return eps
@@ -199,9 +191,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
                 return like(alpha_bar.sqrt(), x_0) * eps - like((1 - alpha_bar).sqrt(), x_0) * x_0
 
     def to_x_0(self, output: Tensor, x_t: Tensor, t: Timestep | float) -> Tensor:
-        """Eq. (15): the clean image that the network's output stands for, unclipped. The inverse of
-        `target`.
-        """
+        """Eq. (15): the clean image that the output stands for, unclipped. Inverts `target`."""
         alpha_bar = self.alpha_bar_at(t)
         match self.config.prediction_type:
             case "epsilon":
@@ -247,8 +237,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
     def reverse_log_variance(
         self, t: Timestep, s: Timestep, model_variance: Tensor | None = None
     ) -> Tensor:
-        """Section 3.2: the log-variance of p(x_s | x_t), always a logarithm, for a step from t to
-        any s < t.
+        """Section 3.2: the log-variance of p(x_s | x_t), always a logarithm, for any s < t.
 
         fixed_small is beta-tilde, the exact variance for data of one point; fixed_large is beta,
         that for N(0, I). learned_range interpolates between the two logarithms (Nichol & Dhariwal
@@ -286,8 +275,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
                 return fraction * like(large, fraction) + (1 - fraction) * like(small, fraction)
 
     def p_step(self, output: Tensor, x_t: Tensor, t: Timestep, s: Timestep) -> ReverseStep:
-        """Eqs. (1) and (11): p_theta(x_s | x_t), the posterior with the predicted x_0_hat in place
-        of x_0.
+        """Eqs. (1), (11): p_theta(x_s | x_t), the posterior with the predicted x_0_hat as x_0.
 
         The distribution is given for the last step (s = -1) too; sampling takes its mean there.
 
@@ -324,8 +312,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
     ) -> None:
-        """Choose the sub-chain to sample along: as many timesteps as asked for, or the descending
-        list given.
+        """Choose the sub-chain to sample: as many timesteps as asked for, or the list given.
 
         Raises:
             ValueError: neither or both are given, or they do not fit into the T trained timesteps.
@@ -349,8 +336,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             )
 
     def previous_timestep(self, timestep: Timestep) -> int:
-        """The timestep after this one in the sub-chain being sampled; -1, the clean image, after
-        the last.
+        """The timestep after this one in the sub-chain; -1, the clean image, after the last.
 
         Raises:
             ValueError: the sub-chain does not contain `timestep`.

@@ -15,8 +15,7 @@ from .run import LossWindow, Run, TrainingResult
 def train(
     config: TrainingConfig | None = None, loss_fn: LossFunction = simple_loss
 ) -> TrainingResult:
-    """Train a DDPM: Algorithm 1 of Ho et al. 2020, on any number of devices, going on where an
-    earlier call stopped.
+    """Train a DDPM: Algorithm 1 of Ho et al. 2020; goes on where an earlier call stopped.
 
     Args:
         config: The settings; without any, the recipe `fashion-quick`.
@@ -58,9 +57,8 @@ def train(
             done = step + 1
             bar.update()
             if done % config.logging_steps == 0 or done == run.total_steps:
-                speed = (
-                    (done - first_step) * run.global_batch_size / (time.perf_counter() - started)
-                )
+                seconds = time.perf_counter() - started
+                speed = (done - first_step) * run.global_batch_size / seconds
                 run.log(done, losses.mean(), speed, bar)
             if done % config.checkpointing_steps == 0 or done == run.total_steps:
                 run.save_checkpoint(done)
