@@ -1075,3 +1075,41 @@ def test_stock_loads_and_saves_again_without_losing_the_extras(heard, tmp_path):
 
 def test_defaults_are_those_of_diffusers():
     assert settings_of(DDPMScheduler()) == settings_of(StockScheduler())
+
+
+@pytest.mark.parametrize("t", [-2, 1000, torch.tensor([3, -5]), 1000.5])
+def test_alpha_bar_at_refuses_timesteps_that_do_not_exist(t):
+    """Python's negative indices would answer -2 with the noisiest level."""
+    with pytest.raises(ValueError, match=r"timesteps must be in \[-1, 999\]"):
+        DDPMScheduler().alpha_bar_at(t)
+
+
+def test_set_timesteps_refuses_an_offset_beyond_the_last_timestep():
+    scheduler = DDPMScheduler(steps_offset=1)
+    with pytest.raises(ValueError, match="steps_offset=1 leads to timestep 1000 of 1000"):
+        scheduler.set_timesteps(1000)
+    scheduler.set_timesteps(500)
+    assert scheduler.timesteps[0] == 999
+
+
+def test_no_float64_reaches_a_device_that_may_lack_it():
+    """MPS has no float64: coefficients are cast before they move. The meta device stands for it,
+    and every operation on it is watched.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple) else (result,):
+                if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
+                    assert tensor.dtype != torch.float64, function
+            return result
+
+    scheduler = DDPMScheduler(variance_type="learned_range", prediction_type="v_prediction")
+    x, t = torch.zeros(2, 1, 4, 4, device="meta"), torch.tensor([5, 900])
+    with Watch():
+        output = torch.cat([scheduler.target(x, x, t), x], 1)
+        step = scheduler.p_step(output, scheduler.q_sample(x, x, t), t, t - 1)
+        assert step.distribution.mean.device.type == "meta"
+        assert step.distribution.log_variance.dtype == torch.float32

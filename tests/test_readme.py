@@ -1,0 +1,60 @@
+"""The commands and code that the README shows are accepted by the program."""
+
+import ast
+import re
+import shlex
+
+import pytest
+
+from ddpm_hf.cli import main
+from ddpm_hf.config import parse_config, recipe_names
+
+from .conftest import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.replace("\\\n", " ").splitlines()
+]
+TRAINING = [line.split("#")[0] for line in COMMANDS if "train_accelerate.py" in line]
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_training_commands_resolve(command):
+    words = shlex.split(command)
+    parse_config(words[words.index("train_accelerate.py") + 1 :])
+
+
+def test_the_readme_has_training_commands():
+    assert len(TRAINING) >= 4
+
+
+def test_the_sampling_command_is_accepted(tmp_path, monkeypatch, capsys):
+    """It fails on the missing folder and not before."""
+    monkeypatch.chdir(tmp_path)
+    (command,) = [line for line in COMMANDS if line.startswith("ddpm-hf sample")]
+    assert main(shlex.split(command)[1:]) == 2
+    assert "cannot load a pipeline from 'out/fashion-quick'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [block for language, block in BLOCKS if language == "python"])
+def test_python_blocks_compile_and_import_what_exists(code):
+    tree = ast.parse(code)
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    exec(compile(ast.Module(imports, []), "README.md", "exec"), {})
+
+
+def test_every_recipe_is_in_the_readme_and_no_other():
+    table = README.split("| recipe | what |")[1].split("\n\n")[0]
+    named = set(
+        re.findall(r"`([\w-]+)`", "".join(row.split("|")[1] for row in table.splitlines()[2:]))
+    )
+    assert named == set(recipe_names())
+
+
+def test_pictures_and_links_exist():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert all((REPOSITORY / link).exists() for link in links), links
