@@ -16,8 +16,10 @@ Two processes on a CPU:
 """
 
 import sys
+from functools import partial
 
 from ddpm_hf.cli import run, train_command
 
 if __name__ == "__main__":
-    sys.exit(run(train_command, sys.argv[1:], "train_accelerate.py"))
+    name = "train_accelerate.py"
+    sys.exit(run(partial(train_command, prog=name), sys.argv[1:], name))

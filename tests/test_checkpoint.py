@@ -33,15 +33,16 @@ def test_a_failed_save_leaves_the_earlier_checkpoint_and_nothing_partial(tmp_pat
     with pytest.raises(TypeError):  # no JSON: fails after the tensors are written
         write(tmp_path, 2, {"x": object()})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert ck.find_latest(tmp_path) == (tmp_path / "checkpoint-1", [])
+    latest, passed_over = ck.load_latest(tmp_path)
+    assert (latest.step, passed_over) == (1, [])
 
 
 def test_what_a_kill_inside_a_save_leaves_is_not_taken_for_a_checkpoint(tmp_path):
     write(tmp_path, 1)
     write(tmp_path, 2).rename(tmp_path / ".checkpoint-2.partial")
-    assert ck.find_latest(tmp_path)[0].name == "checkpoint-1"
+    assert ck.load_latest(tmp_path)[0].step == 1
     write(tmp_path, 2)
-    assert ck.find_latest(tmp_path)[0].name == "checkpoint-2"
+    assert ck.load_latest(tmp_path)[0].step == 2
 
 
 @pytest.mark.parametrize(
@@ -56,8 +57,8 @@ def test_what_a_kill_inside_a_save_leaves_is_not_taken_for_a_checkpoint(tmp_path
 def test_damage_is_named_and_the_one_before_is_used(tmp_path, harm, message):
     write(tmp_path, 1)
     harm(write(tmp_path, 2))
-    latest, passed_over = ck.find_latest(tmp_path)
-    assert latest.name == "checkpoint-1"
+    latest, passed_over = ck.load_latest(tmp_path)
+    assert latest.step == 1
     assert len(passed_over) == 1
     assert message in passed_over[0]
     with pytest.raises(InputError, match=message):
@@ -74,7 +75,7 @@ def test_order_is_by_number_and_strangers_are_ignored(tmp_path):
         "checkpoint-9",
         "checkpoint-10",
     ]
-    assert ck.find_latest(tmp_path / "nowhere") == (None, [])
+    assert ck.load_latest(tmp_path / "nowhere") == (None, [])
 
 
 @pytest.mark.parametrize(
@@ -139,10 +140,13 @@ def test_an_optimizer_survives_bit_for_bit(tmp_path, make):
 # The folder of a run
 
 
+RUN = {"seed": 0, "max_train_steps": 5, "data_fingerprint": "x", "logging_dir": "logs"}
+
+
 def run_folder(tmp_path, **settings):
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"seed": 0, "max_train_steps": 5, **settings}))
+    (folder / "config.json").write_text(json.dumps(RUN | settings))
     return folder
 
 
@@ -153,10 +157,10 @@ def test_an_empty_or_missing_folder_is_free(tmp_path):
 
 def test_harmless_changes_are_listed_and_identity_is_refused(tmp_path):
     folder = run_folder(tmp_path)
-    changed = ck.compare_runs(folder, {"seed": 0, "max_train_steps": 9})
+    changed = ck.compare_runs(folder, RUN | {"max_train_steps": 9})
     assert changed == ["Changed: max_train_steps was 5, now 9"]
     with pytest.raises(InputError, match="is another one: seed was 0, now 1.*overwrite_output_dir"):
-        ck.compare_runs(folder, {"seed": 1, "max_train_steps": 9})
+        ck.compare_runs(folder, RUN | {"seed": 1, "max_train_steps": 9})
 
 
 def test_identity_names_existing_settings():
@@ -165,19 +169,49 @@ def test_identity_names_existing_settings():
     assert set(ck.IDENTITY) - set(field_names()) == {"global_batch_size", "data_fingerprint"}
 
 
-def test_a_strangers_folder_is_refused_and_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("dear")
-    with pytest.raises(InputError, match="is not empty and holds no run"):
-        ck.compare_runs(tmp_path, {"seed": 1})
-    with pytest.raises(InputError, match="holds no run of ddpm_hf; delete it yourself"):
-        ck.refuse_stranger(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("thesis.txt", "dear"),
+        ("config.json", '{"model_type": "bert"}'),  # as every transformers model has
+        ("config.json", "[1]"),
+        ("config.json", "{broken"),
+    ],
+)
+def test_a_strangers_folder_is_refused_and_left_alone(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(InputError, match="is not empty and holds no run of ddpm_hf"):
+        ck.check_folder(tmp_path)
     ck.clear_run(tmp_path)
-    assert os.listdir(tmp_path) == ["thesis.txt"]
+    assert sorted(os.listdir(tmp_path)) == sorted([name, "unet"])
+    assert (tmp_path / name).read_text() == text
+
+
+def test_when_no_checkpoint_is_whole_nothing_is_started_over(tmp_path):
+    for step in (1, 2):
+        (write(tmp_path, step) / "unet.safetensors").write_bytes(b"x")
+    with pytest.raises(InputError, match="no checkpoint in .* is whole: .*checkpoint-2.*-1 is dam"):
+        ck.load_latest(tmp_path)
+
+
+def test_checkpoints_beyond_a_step_are_set_aside(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    (tmp_path / "aside-checkpoint-3").mkdir()
+    assert ck.set_aside(tmp_path, 1) == ["checkpoint-2", "checkpoint-3"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "aside-checkpoint-2",
+        "aside-checkpoint-3",
+        "checkpoint-1",
+    ]
+    assert (tmp_path / "aside-checkpoint-3" / "manifest.json").is_file()
 
 
 def test_clearing_a_run_leaves_what_is_not_its_own(tmp_path):
-    folder = run_folder(tmp_path, logging_dir="logs")
+    folder = run_folder(tmp_path)
     write(folder, 3)
+    (folder / "aside-checkpoint-9").mkdir()
     for name in ("unet", "scheduler", "samples", "logs", "mine"):
         (folder / name).mkdir()
     (folder / "notes.txt").write_text("dear")

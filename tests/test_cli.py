@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_hf import DDPMPipeline, build_scheduler
+from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler
 from ddpm_hf.cli import main
 from ddpm_hf.errors import InputError
 from ddpm_hf.sampling import SCHEDULERS, load_pipeline, sample_to
@@ -73,9 +73,9 @@ def test_errors_are_one_line_and_exit_code_two(argv, message, capsys, tmp_path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(argv) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.strip().splitlines()[-1].startswith("ddpm-hf: error: ")
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("ddpm-hf: error: ")
+    assert message in line
     assert not (tmp_path / "out").exists()
 
 
@@ -94,7 +94,17 @@ def test_help(argv, capsys):
 def test_every_scheduler_word(folder, tmp_path, name):
     pipe = load_pipeline(str(folder), name)
     assert type(pipe.scheduler).__name__ == SCHEDULERS[name]
-    sample_to(tmp_path / "x.npy", pipe, 2, num_inference_steps=3)
+    sample_to(tmp_path / "x.npy", pipe, 2, num_inference_steps=5)
+    images = np.load(tmp_path / "x.npy")
+    assert images.std((1, 2)).min() > 0
+    assert not np.array_equal(images[0], images[1])
+
+
+def test_ddpm_is_ours_also_where_another_was_saved(folder, tmp_path):
+    pipe = load_pipeline(str(folder), "ddim")
+    pipe.save_pretrained(tmp_path / "ddim")
+    assert type(load_pipeline(str(tmp_path / "ddim")).scheduler).__name__ == "DDIMScheduler"
+    assert type(load_pipeline(str(tmp_path / "ddim"), "ddpm").scheduler) is DDPMScheduler
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
@@ -118,6 +128,11 @@ def test_pngs_npy_and_npz_hold_the_same_images_whatever_the_batch(folder, tmp_pa
         (dict(output=None), "name what to write: output, grid or both"),
         (dict(output="x.npy", num_images=0), "num_images must be at least 1; got 0"),
         (dict(output="x.npy", batch_size=0), "batch_size must be at least 1; got 0"),
+        (dict(output="x.npy", seed=-1), "seed must be at least 0; got -1"),
+        (dict(output="x.npy", num_inference_steps=0), "must be between 1 and 1000; got 0"),
+        (dict(output="x.npy", num_inference_steps=1001), "must be between 1 and 1000; got 1001"),
+        (dict(output="x.npy", grid="g"), "grid must end like a picture, for example .png; got 'g'"),
+        (dict(output=None, grid="pipe"), "pipe exists already"),
     ],
 )
 def test_bad_sampling_arguments(folder, options, message, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_without_anything_named_the_quick_recipe_runs():
 
 def test_with_images_and_no_recipe_the_default_recipe_applies():
     config = parse_config(["--train_data_dir", "photos"])
-    assert config == TrainingConfig(recipe="default", train_data_dir="photos")
+    assert config == TrainingConfig(train_data_dir="photos")
 
 
 @pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
@@ -130,6 +131,15 @@ def test_the_diffusers_recipe_holds_the_scripts_defaults():
         (["--ddpm_num_inference_steps", "2000"], "ddpm_num_inference_steps must be at most"),
         (["--dataset_name", "a", "--train_data_dir", "b"], "name one image set"),
         (["stray"], "unknown flag 'stray'"),
+        (["--logging_dir", "/logs"], "logging_dir must be a folder inside output_dir"),
+        (["--logging_dir", "../logs"], "logging_dir must be a folder inside output_dir"),
+        (["--logging_dir", "."], "logging_dir must be a folder inside output_dir"),
+        (["--overwrite_output_dir", "--resume_from_checkpoint", "latest"], "exclude each other"),
+        (["--resolution", "30"], "resolution 30x30 cannot be halved 2 times.*for example 28x28"),
+        (
+            ["--dataset_name", "x", "--ddpm_num_steps", "20", "--ddpm_beta_schedule", "linear"],
+            "ddpm_num_steps must be more than 20 for the linear schedule; got 20",
+        ),
     ],
 )
 def test_bad_flags_are_one_clear_line(argv, message):
@@ -176,6 +186,35 @@ def test_a_word_set_in_python_is_checked_like_a_flag():
         TrainingConfig(lr_scheduler="liner")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": "1e-4"}, "learning_rate must be of type float; got '1e-4'"),
+        ({"max_train_steps": 10.5}, "max_train_steps must be of type int; got 10.5"),
+        ({"seed": None}, "seed must be of type int; got None"),
+        ({"random_flip": "yes"}, "random_flip must be of type bool; got 'yes'"),
+        ({"train_batch_size": True}, "train_batch_size must be of type int; got True"),
+        ({"split": 1.5}, "split must be of type str; got 1.5"),
+        ({"learning_rate": float("nan")}, "learning_rate must be at least 0; got nan"),
+        ({"recipe": "cifar10"}, r"use TrainingConfig.from_recipe\('cifar10', ...\)"),
+    ],
+)
+def test_values_of_another_type_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        TrainingConfig(**settings)
+
+
+def test_values_that_are_meant_are_converted():
+    config = TrainingConfig(resolution=64, cpu_threads=2, output_dir=Path("x"), dropout=0, seed=3.0)
+    assert (config.resolution, config.cpu_threads, config.output_dir) == ("64", "2", "x")
+    assert (type(config.dropout), type(config.seed)) == (float, int)
+
+
+def test_sampled_grids_take_no_more_steps_than_there_are():
+    assert TrainingConfig().ddpm_num_inference_steps == 100
+    assert TrainingConfig(ddpm_num_steps=50).ddpm_num_inference_steps == 50
+
+
 def test_from_recipe_takes_settings_and_refuses_unknown_ones():
     assert TrainingConfig.from_recipe("cifar10", seed=3).seed == 3
     with pytest.raises(InputError, match="unknown setting 'sed'. Did you mean 'seed'"):
@@ -193,7 +232,7 @@ def test_help_is_instant_and_names_every_flag():
     started = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert all(f"--{name} " in result.stdout for name in field_names())
+    assert all(f"--{name} " in result.stdout for name in [*field_names(), "dry_run"])
     # 1.3 s alone; the machine may be busy with something else
     assert time.perf_counter() - started < 10
 

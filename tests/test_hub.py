@@ -23,7 +23,7 @@ def test_the_card_of_the_embedded_images(tmp_path):
     text = made.text
     for part in (
         "28x32\ngrey images, 1,234,567 parameters",
-        f'pipe = DDPMPipeline.from_pretrained("{tmp_path.as_posix()}")',
+        f'pipe = DDPMPipeline.from_pretrained("{tmp_path.name}")',
         "6,000 of Fashion-MNIST (MIT licence, Zalando SE)",
         "1,000, 16,000 images seen",
         "| final training loss | 0.1235 |",

@@ -1,9 +1,12 @@
 """One denoising loop for every scheduler, image shape and precision."""
 
+import inspect
+
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler
@@ -68,8 +71,13 @@ def test_three_schedulers_that_stocks_pipeline_cannot_use(pipe, name):
     stock = diffusers.DDPMPipeline(pipe.unet, swap(pipe, name).scheduler)
     stock.set_progress_bar_config(disable=True)
     with pytest.raises(TypeError, match="generator"):
-        stock(1, seeded(), 3)
-    assert len(pipe(1, seeded(), 3).images) == 1
+        stock(1, seeded(), 5)
+    assert len(pipe(1, seeded(), 5).images) == 1
+
+
+def test_pndm_says_how_many_steps_it_needs(pipe):
+    with pytest.raises(ValueError, match="PNDM needs num_inference_steps >= 4; got 3"):
+        swap(pipe, "PNDMScheduler")(1, seeded(), 3)
 
 
 @pytest.mark.parametrize("name", [None, "DDIMScheduler", "DPMSolverMultistepScheduler"])
@@ -89,29 +97,52 @@ def test_where_stock_samples_too_the_images_are_the_same(tiny_unet, name):
     np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+def exact_unet(process, mean):
+    """The optimal noise prediction for data that is one point: x_0_hat is `mean` at every step."""
+
+    def forward(x_t, t):
+        alpha_bar = float(process.alpha_bar_at(t.item()))
+        eps_hat = (x_t - alpha_bar**0.5 * mean) / (1 - alpha_bar) ** 0.5
+        return UNet2DOutput(sample=eps_hat)
+
+    return forward
+
+
 @pytest.mark.parametrize("name", [None, *SWAPS])
-def test_x_0_hat_is_the_schedulers_own_where_it_tells(pipe, name):
-    """The loop computes x_0_hat by itself; schedulers that report it agree, Euler at its float
-    timesteps too.
-    """
+def test_every_scheduler_lands_on_the_data(tiny_unet, name):
+    """x_0_hat is exact at every step, also at the float timesteps of Euler and Heun."""
+    process = build_scheduler(prediction_type="epsilon", ddpm_beta_schedule="linear")
+    pipe = DDPMPipeline(tiny_unet, process)
     pipe = swap(pipe, name) if name else pipe
-    reported = []
-    step = pipe.scheduler.step
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.forward = exact_unet(process, 0.5)
+    steps = list(pipe.denoise(2, generator=seeded(), num_inference_steps=8))
+    for step in steps:
+        # float32 x_t divided by sqrt(alpha_bar_T) = 6e-3; Euler's own sigmas are float32
+        torch.testing.assert_close(
+            step.x_0_hat, torch.full_like(step.x_0_hat, 0.5), atol=5e-3, rtol=0
+        )
+    if name != "PNDMScheduler":  # its Runge-Kutta start mixes timesteps
+        torch.testing.assert_close(
+            steps[-1].x_s, torch.full_like(steps[-1].x_s, 0.5), atol=5e-3, rtol=0
+        )
 
-    def spy(*arguments, generator=None, **options):
-        options |= {"generator": generator} if generator is not None else {}
-        output = step(*arguments, **options)
-        reported.append(getattr(output, "pred_original_sample", None))
-        return output
 
-    spy.__signature__ = __import__("inspect").signature(step)
+@pytest.mark.parametrize("name", [None, "DDIMScheduler", "EulerDiscreteScheduler"])
+def test_x_0_hat_is_the_schedulers_own_where_it_tells(pipe, name):
+    pipe = swap(pipe, name) if name else pipe
+    reported, step = [], pipe.scheduler.step
+
+    def spy(*arguments, **options):
+        reported.append(step(*arguments, **options))
+        return reported[-1]
+
+    spy.__signature__ = inspect.signature(step)
     pipe.scheduler.step = spy
     ours = [x_0_hat for _, _, x_0_hat in pipe.denoise(2, generator=seeded(), num_inference_steps=6)]
-    pairs = [(a, b) for a, b in zip(ours, reported, strict=True) if b is not None]
-    assert len(pairs) == (6 if name in (None, "DDIMScheduler", "EulerDiscreteScheduler") else 0)
-    for a, b in pairs:
-        b = b.clamp(-1, 1)  # Euler does not clip
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)  # float32 sigmas
+    for x_0_hat, output in zip(ours, reported, strict=True):
+        theirs = output.pred_original_sample.clamp(-1, 1)  # Euler does not clip
+        torch.testing.assert_close(x_0_hat, theirs, atol=2e-4, rtol=0)  # float32 sigmas
 
 
 def test_denoise_gives_every_step_and_the_last_is_the_image(pipe):
@@ -206,6 +237,24 @@ def test_leading_spacing_that_misses_the_noise_is_warned_about(tiny_unet, caplog
         assert ("starts" in caplog.text) is warned, steps
 
 
+@pytest.mark.parametrize(("name", "steps", "warned"), [
+    (None, 10, True), (None, 20, False), ("DDIMScheduler", 10, False)
+])  # fmt: skip
+def test_fixed_large_with_fewer_steps_is_warned_about(tiny_unet, caplog, name, steps, warned):
+    """Pitfall 4.5: FID 3 at 1,000 steps, 233 at 10."""
+    pipe = DDPMPipeline(tiny_unet, build_scheduler("cifar10", ddpm_num_steps=21))
+    pipe = swap(pipe, name) if name else pipe
+    pipe.set_progress_bar_config(disable=True)
+    diffusers.utils.logging.enable_propagation()
+    pipe(1, seeded(), min(steps + (steps == 20), 21))
+    assert ("fixed_large" in caplog.text) is warned
+
+
+def test_a_progress_bar_is_shown(tiny_unet, capsys):
+    DDPMPipeline(tiny_unet, build_scheduler())(1, seeded(), 3)
+    assert "3/3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -237,11 +286,9 @@ def test_cuda_with_offload(pipe, name):
     assert len(pipe(2, torch.Generator("cuda").manual_seed(0), 5).images) == 2
 
 
-@pytest.mark.parametrize(
-    ("count", "columns", "size"), [(1, None, (60, 60)), (5, None, (176, 118)), (4, 4, (234, 60))]
-)
-def test_grid_shape(count, columns, size):
-    assert image_grid([Image.new("L", (8, 8))] * count, columns).size == size
+@pytest.mark.parametrize(("count", "size"), [(1, (60, 60)), (5, (176, 118))])
+def test_grid_shape(count, size):
+    assert image_grid([Image.new("L", (8, 8))] * count).size == size
 
 
 def test_grid_of_colour_images_from_a_tensor(tmp_path):

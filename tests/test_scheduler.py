@@ -983,7 +983,7 @@ def test_extras_of_a_newer_format_are_refused(tmp_path):
     assert scheduler.extras["class_names"] == ["cat"]
     scheduler.register_to_config(_ddpm_hf={"format": 2})
     scheduler.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"newer ddpm_hf \(format 2; .* up to 1\): pip install"):
+    with pytest.raises(ValueError, match=r"newer ddpm_hf \(format 2, .* up to 1\): pip install"):
         DDPMScheduler.from_pretrained(tmp_path).extras  # noqa: B018  the property raises
 
 

@@ -26,22 +26,12 @@ ORDER = [
     "checkpoint",
     "sampling",
     "hub",
+    "devices",
     "run",
     "training",
     "cli",
 ]
-MATHS = {
-    "errors",
-    "functional",
-    "scheduler",
-    "presets",
-    "config",
-    "data",
-    "losses",
-    "pipeline",
-    "optimization",
-    "checkpoint",
-}
+MATHS = ORDER[: ORDER.index("checkpoint") + 1]
 
 
 def imports(name):

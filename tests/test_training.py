@@ -1,6 +1,7 @@
 """The loop: what it trains, that it resumes bit for bit, and what it leaves behind."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,9 +17,11 @@ from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline, TrainingConfig, train
 from ddpm_hf.checkpoint import list_checkpoints
+from ddpm_hf.devices import available_cores
 from ddpm_hf.errors import InputError
 from ddpm_hf.losses import simple_loss
 from ddpm_hf.optimization import build_ema, build_optimizer
+from ddpm_hf.run import Run
 
 
 def run(settings, **changes):
@@ -76,6 +79,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(quick_settings, tmp_path, optimizer, 
     settings = quick_settings | dict(
         optimizer=optimizer, gradient_accumulation_steps=accumulation, dropout=0.2,
         random_flip=True, train_batch_size=3, checkpointing_steps=1, checkpoints_total_limit=None,
+        snr_gamma=0.0,
         max_train_steps=5,
     )  # fmt: skip
     whole = run(settings, output_dir=str(tmp_path / "whole")).output_dir
@@ -123,7 +127,7 @@ def test_more_steps_continue_a_finished_run(quick_settings, capsys):
     result = run(quick_settings, max_train_steps=6)
     printed = capsys.readouterr().out
     assert "Changed: max_train_steps was 4, now 6" in printed
-    assert "checkpoint-4 (4 of 6 steps)" in printed
+    assert "checkpoint-4, 4 of 6 steps done" in printed
     assert result.step == 6
 
 
@@ -156,6 +160,55 @@ def test_overwriting_starts_afresh(quick_settings):
     assert len((result.output_dir / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+def test_overwriting_spares_what_is_not_the_runs(quick_settings):
+    out = run(quick_settings).output_dir
+    (out / "notes.txt").write_text("dear")
+    result = run(quick_settings, seed=1, max_train_steps=1, overwrite_output_dir=True)
+    assert result.step == 1
+    assert (out / "notes.txt").read_text() == "dear"
+
+
+def test_a_kill_before_the_last_files_is_made_good(quick_settings, capsys):
+    out = run(quick_settings).output_dir
+    (out / "README.md").unlink()
+    (out / "samples" / "grid.png").unlink()
+    assert run(quick_settings).loss is None
+    assert "finished" not in capsys.readouterr().out
+    assert (out / "README.md").is_file()
+    assert (out / "samples" / "grid.png").is_file()
+
+
+def test_metrics_deleted_by_hand_do_not_stop_the_end(quick_settings):
+    out = run(quick_settings).output_dir
+    for name in ("README.md", "metrics.jsonl"):
+        (out / name).unlink()
+    run(quick_settings)
+    assert "final training loss" not in (out / "README.md").read_text()
+
+
+def test_a_changed_ema_decay_takes_effect(quick_settings, monkeypatch):
+    run(quick_settings, max_train_steps=2)
+    decays = []
+    step = EMAModel.step
+
+    def spy(self, parameters):
+        step(self, parameters)
+        decays.append(self.cur_decay_value)
+
+    monkeypatch.setattr(EMAModel, "step", spy)
+    run(quick_settings, max_train_steps=4, ema_max_decay=0.1)
+    assert decays == [0.1, 0.1]
+
+
+def test_a_warm_up_longer_than_the_run_is_said(quick_settings, capsys):
+    run(quick_settings, lr_warmup_steps=9, max_train_steps=1)
+    assert "warms up for 9 steps and the run has 1" in capsys.readouterr().out
+
+
+def test_the_polynomial_schedule_with_muon(quick_settings):
+    run(quick_settings, optimizer="muon", lr_scheduler="polynomial", max_train_steps=1)
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(quick_settings, capsys):
     out = run(quick_settings).output_dir
     final = weights(out)
@@ -163,16 +216,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(quick_settings
     run(quick_settings)
     printed = capsys.readouterr().out
     assert "checkpoint-4 is damaged: unet.safetensors has changed" in printed
-    assert "checkpoint-2 (2 of 4 steps)" in printed
+    assert "checkpoint-2, 2 of 4 steps done" in printed
     assert equal(final, weights(out))
 
 
-def test_resuming_from_a_named_checkpoint(quick_settings, capsys):
+def test_resuming_from_a_named_checkpoint_sets_newer_ones_aside(quick_settings, capsys):
     out = run(quick_settings).output_dir
+    final = weights(out)
     for name in ("checkpoint-2", str(out / "checkpoint-2")):
-        run(quick_settings, resume_from_checkpoint=name)
-        assert "checkpoint-2 (2 of 4 steps)" in capsys.readouterr().out
-    with pytest.raises(InputError, match="'checkpoint-3' is no folder; this run has.*checkpoint-2"):
+        run(quick_settings, resume_from_checkpoint=name, checkpoints_total_limit=1)
+        printed = capsys.readouterr().out
+        assert "checkpoint-2, 2 of 4 steps done" in printed
+        assert "Renamed checkpoint-4 to aside-checkpoint-4" in printed
+        assert equal(final, weights(out))
+        run(quick_settings, overwrite_output_dir=True)
+    with pytest.raises(InputError, match="'checkpoint-3' is no checkpoint of this run, which has"):
         run(quick_settings, resume_from_checkpoint="checkpoint-3")
 
 
@@ -252,10 +310,37 @@ def test_muon_takes_the_hidden_convolutions_and_adamw_the_rest(quick_settings):
     assert len(muon["params"]) + len(adamw["params"]) == len(names)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "no"])
-def test_training_twice_in_one_process_in_any_precision(quick_settings, precision):
+def test_training_twice_in_one_process_in_two_precisions(quick_settings, tmp_path, capsys):
     """As in a notebook; accelerate keeps its state between calls."""
-    assert np.isfinite(run(quick_settings, mixed_precision=precision, max_train_steps=1).loss)
+    for precision in ("bf16", "no", "bf16"):
+        out = str(tmp_path / f"{precision}")
+        result = run(quick_settings, mixed_precision=precision, max_train_steps=1, output_dir=out)
+        assert result.step == 1
+        assert f"mixed precision: {precision}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without a GPU")
+def test_fp16_on_a_cpu_is_refused(quick_settings):
+    with pytest.raises(InputError, match="fp16 needs a GPU"):
+        run(quick_settings, mixed_precision="fp16")
+
+
+def test_a_logger_that_is_not_installed_is_refused(quick_settings):
+    pytest.importorskip("tensorboard")
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    with pytest.raises(InputError, match=r"pip install \"ddpm_hf\[track\]\""):
+        run(quick_settings, logger="wandb")
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"), [("200000 100000", 2), ("max 100000", None), ("50000 100000", 1), ("", None)]
+)
+def test_a_containers_quota_counts(tmp_path, text, cores):
+    (tmp_path / "cpu.max").write_text(text)
+    all_cores = len(os.sched_getaffinity(0))
+    assert available_cores(tmp_path / "cpu.max") == min(cores or all_cores, all_cores)
+    assert available_cores(tmp_path / "none") == all_cores
 
 
 def test_the_launchers_precision_is_taken_when_none_is_asked_for(
@@ -297,11 +382,26 @@ def test_epochs_save_grids_and_pipelines(quick_settings):
     assert pictures == ["first_batch.png", "grid.png", "step-12.png"]
 
 
-def test_all_cores_compute_although_the_launcher_says_one(quick_settings, capfd):
+def test_epochs_save_pipelines(quick_settings, monkeypatch):
+    saved = []
+    save = Run.save_pipeline
+    monkeypatch.setattr(Run, "save_pipeline", lambda self: (saved.append(1), save(self)))
+    run(
+        quick_settings,
+        max_train_steps=None,
+        num_epochs=2,
+        save_images_epochs=0,
+        save_model_epochs=1,
+    )
+    assert len(saved) == 2  # after epoch 1, and at the end
+
+
+def test_all_cores_compute_although_the_launcher_says_one(quick_settings):
     """Pitfall L1."""
+    settings = quick_settings | dict(max_train_steps=1, cpu_threads="auto")
     script = (
         "import torch; from ddpm_hf import TrainingConfig, train\n"
-        f"train(TrainingConfig(**{quick_settings | dict(max_train_steps=1)!r}))\n"
+        f"train(TrainingConfig(**{settings!r}))\n"
         "print('threads', torch.get_num_threads())"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -350,7 +450,6 @@ def test_any_split_over_processes_draws_the_same_noise_and_timesteps(quick_setti
     from types import SimpleNamespace
 
     from ddpm_hf.data import ImageStream, load_images
-    from ddpm_hf.run import Run
 
     config = TrainingConfig(**quick_settings)
     images = load_images(config)

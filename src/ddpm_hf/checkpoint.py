@@ -133,7 +133,12 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     found = [
         path for path in run_dir.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()
     ]
-    return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(NAME.fullmatch(folder.name)[1])
 
 
 def damage(folder: Path) -> str | None:
@@ -168,15 +173,34 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(step, tensors, json.loads((folder / "state.json").read_text()))
 
 
-def find_latest(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, or None; and what is wrong with newer ones, passed over."""
+def load_latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint, or None; and what is wrong with newer ones, passed over.
+
+    Raises:
+        InputError: there are checkpoints, and none is whole.
+    """
     passed_over = []
     for folder in reversed(list_checkpoints(run_dir)):
-        wrong = damage(folder)
-        if not wrong:
-            return folder, passed_over
-        passed_over.append(f"{folder.name} is damaged: {wrong}")
-    return None, passed_over
+        try:
+            return load_checkpoint(folder), passed_over
+        except InputError as error:
+            passed_over.append(str(error))
+    if passed_over:
+        raise InputError(
+            f"no checkpoint in {run_dir} is whole: {'; '.join(passed_over)}. Bring one back, or "
+            "start afresh with --overwrite_output_dir"
+        )
+    return None, []
+
+
+def set_aside(run_dir: Path, step: int) -> list[str]:
+    """Rename checkpoints beyond `step`, damaged or to be done again, out of the way of rotation."""
+    moved = [folder for folder in list_checkpoints(run_dir) if step_of(folder) > step]
+    for folder in moved:
+        aside = folder.with_name(f"aside-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    return [folder.name for folder in moved]
 
 
 def rotate(run_dir: Path, limit: int | None) -> None:
@@ -225,24 +249,34 @@ def _as_saved(value: Any) -> Any:
 # The folder around the checkpoints
 
 
+def read_settings(directory: Path) -> dict[str, Any] | None:
+    """The settings of the run in a folder; None where there is no run of ours."""
+    try:
+        settings = json.loads((directory / CONFIG).read_text())
+    except (OSError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) and "data_fingerprint" in settings else None
+
+
+def check_folder(directory: Path) -> None:
+    """Raise InputError if a folder holds something, and that is no run of ours."""
+    if directory.exists() and any(directory.iterdir()) and read_settings(directory) is None:
+        raise InputError(
+            f"output_dir {directory} is not empty and holds no run of ddpm_hf: name another folder"
+        )
+
+
 def compare_runs(directory: Path, settings: dict[str, Any]) -> list[str]:
     """Compare settings with those of the run in a folder; a line per harmless difference.
 
     Raises:
-        InputError: the folder is in use by something else, or by a run with another identity.
+        InputError: the run there has another identity.
     """
-    if not directory.exists() or not any(directory.iterdir()):
+    before = read_settings(directory)
+    if before is None:
         return []
-    try:
-        before = json.loads((directory / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"output_dir {directory} is not empty and holds no run of ddpm_hf: name another folder"
-        ) from error
     different = {
-        key: (before.get(key), settings[key])
-        for key in settings
-        if before.get(key) != settings[key]
+        key: (before.get(key), value) for key, value in settings.items() if before.get(key) != value
     }
     clashes = [
         f"{key} was {a!r}, now {b!r}" for key, (a, b) in different.items() if key in IDENTITY
@@ -250,10 +284,9 @@ def compare_runs(directory: Path, settings: dict[str, Any]) -> list[str]:
     if clashes:
         raise InputError(
             f"the run in {directory} is another one: {'; '.join(clashes)}. Name another "
-            f"--output_dir, or start afresh "
-            "with --overwrite_output_dir"
+            "--output_dir, or start afresh with --overwrite_output_dir"
         )
-    control = ("dry_run", "overwrite_output_dir", "resume_from_checkpoint")
+    control = ("overwrite_output_dir", "resume_from_checkpoint")
     return [
         f"Changed: {key} was {a!r}, now {b!r}"
         for key, (a, b) in different.items()
@@ -261,26 +294,14 @@ def compare_runs(directory: Path, settings: dict[str, Any]) -> list[str]:
     ]
 
 
-def refuse_stranger(directory: Path) -> None:
-    """Raise InputError if a folder holds something, and that is no run."""
-    if directory.exists() and any(directory.iterdir()) and not (directory / CONFIG).is_file():
-        raise InputError(
-            f"overwrite_output_dir: {directory} holds no run of ddpm_hf; delete it yourself"
-        )
-
-
 def clear_run(directory: Path) -> None:
-    """Delete a run's own files, the one that names it a run at last."""
-    if not (directory / CONFIG).is_file():
+    """Delete a run's own files and nothing else, the one that names it a run at last."""
+    settings = read_settings(directory)
+    if settings is None:
         return
-    logging_dir = json.loads((directory / CONFIG).read_text()).get("logging_dir", "logs")
-    for name in [
-        "unet",
-        "scheduler",
-        "samples",
-        logging_dir,
-        *(p.name for p in list_checkpoints(directory)),
-    ]:
+    folders = ["unet", "scheduler", "samples", settings["logging_dir"]]
+    folders += [path.name for path in directory.glob("*checkpoint-*") if path.is_dir()]
+    for name in folders:
         shutil.rmtree(directory / name, ignore_errors=True)
     for name in ("model_index.json", "README.md", "loss_curve.png", METRICS, CONFIG):
         (directory / name).unlink(missing_ok=True)

@@ -11,12 +11,12 @@ from dataclasses import asdict
 from .errors import InputError, check_choice
 
 
-def train_command(argv: list[str]) -> None:
+def train_command(argv: list[str], prog: str = "ddpm-hf train") -> None:
     """Train; the flags are the fields of TrainingConfig."""
-    from .config import parse_config
+    from .config import parse_command
 
-    config = parse_config(argv)
-    if config.dry_run:
+    config, command = parse_command(argv, prog)
+    if command.dry_run:
         print(json.dumps(asdict(config), indent=2))
         return
     from .training import train
@@ -49,14 +49,14 @@ def sample_command(argv: list[str]) -> None:
     pipe = load_pipeline(args.pipeline, args.scheduler)
     all_steps = pipe.scheduler.config.num_train_timesteps
     ancestral = type(pipe.scheduler).__name__ == "DDPMScheduler"
+    default, given = all_steps if ancestral else min(50, all_steps), args.num_inference_steps
     sample_to(
         args.output,
         pipe,
         args.num_images,
         batch_size=args.batch_size,
         seed=args.seed,
-        num_inference_steps=args.num_inference_steps
-        or (all_steps if ancestral else min(50, all_steps)),
+        num_inference_steps=default if given is None else given,
         grid=args.grid,
     )
     print("\n".join(f"Wrote {path}" for path in (args.output, args.grid) if path))
@@ -95,8 +95,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         print("\n`ddpm-hf VERB --help` lists the flags of a verb.")
         return 0
-    return run(
-        lambda words: (check_choice("verb", argv[0], VERBS), VERBS[argv[0]](words)),
-        argv[1:],
-        "ddpm-hf",
-    )
+    return run(_verb, argv, "ddpm-hf")
+
+
+def _verb(argv: list[str]) -> None:
+    check_choice("verb", argv[0], VERBS)
+    VERBS[argv[0]](argv[1:])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import InputError, check_choice, did_you_mean
-from .presets import BETA_SCHEDULES, DEFAULT_PROCESS, PRESETS
+from .presets import BETA_SCHEDULES, DEFAULT_PROCESS, PRESETS, beta_range, unet_config
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -156,9 +156,9 @@ class TrainingConfig:
     )
     max_train_steps: int | None = arg(None, "Optimiser steps; overrides --num_epochs.")
     optimizer: Literal["adamw", "muon"] = arg(
-        "adamw", "adamw, or muon: orthogonalised momentum on the convolutions, AdamW on the rest."
+        "muon", "adamw, or muon: orthogonalised momentum on the convolutions, AdamW on the rest."
     )
-    learning_rate: float = arg(2e-4, "Learning rate of AdamW.")
+    learning_rate: float = arg(1e-3, "Learning rate of AdamW.")
     muon_learning_rate: float = arg(
         0.02, "Learning rate of the convolutions under --optimizer muon."
     )
@@ -168,7 +168,7 @@ class TrainingConfig:
     lr_scheduler: Literal[LR_SCHEDULERS] = arg(  # type: ignore[valid-type]
         "cosine", "Learning-rate schedule over all optimiser steps, as diffusers names them."
     )
-    lr_warmup_steps: int = arg(500, "Optimiser steps of linear warm-up.")
+    lr_warmup_steps: int = arg(100, "Optimiser steps of linear warm-up.")
     adam_beta1: float = arg(0.9, "AdamW's beta1, as in the paper.")
     adam_beta2: float = arg(0.999, "AdamW's beta2.")
     adam_weight_decay: float = arg(0.0, "AdamW's weight decay; 0 is Adam, as in the paper.")
@@ -211,38 +211,74 @@ class TrainingConfig:
         10, "Save the pipeline every so many epochs, and at the end; 0: at the end."
     )
     eval_batch_size: int = arg(16, "Images in a grid of samples.")
-    ddpm_num_inference_steps: int = arg(100, "Denoising steps of the sampled grids.")
+    ddpm_num_inference_steps: int | None = arg(
+        None, "Denoising steps of the sampled grids; 100 when not given."
+    )
     logger: Literal["tensorboard", "wandb", "none"] = arg(
         "tensorboard", "Where the curves are logged."
     )
     logging_dir: str = arg("logs", "Folder of the logs, inside --output_dir.")
     logging_steps: int = arg(10, "Log the loss every so many optimiser steps, as their mean.")
-    dry_run: bool = arg(False, "Print the resolved configuration and stop.")
 
     def __post_init__(self) -> None:
+        self._check_types()
         check_choice("preset", self.preset, PRESETS)
-        for f in fields(self):
-            hint = typing.get_type_hints(type(self))[f.name]
-            if typing.get_origin(hint) is Literal:
-                check_choice(f.name, getattr(self, f.name), typing.get_args(hint))
-        self.image_size  # noqa: B018  parsing is the check
+        if self.recipe != "default":
+            raise InputError(
+                f"recipe={self.recipe!r} alone changes no setting: use "
+                f"TrainingConfig.from_recipe({self.recipe!r}, ...)"
+            )
+        if self.ddpm_num_inference_steps is None:
+            self.ddpm_num_inference_steps = min(100, self.ddpm_num_steps)
         self._check_ranges()
+        unet_config(self.preset, resolution=self.image_size)
+        beta_range(self.ddpm_beta_schedule, self.ddpm_num_steps)
+        self._check_combinations()
+
+    def _check_types(self) -> None:
+        """Convert what is meant (Path to text, 64 to "64", 1 to 1.0); refuse what cannot be."""
+        hints = typing.get_type_hints(type(self))
+        for f in fields(self):
+            value, hint = getattr(self, f.name), hints[f.name]
+            if typing.get_origin(hint) is Literal:
+                check_choice(f.name, value, typing.get_args(hint))
+                continue
+            kinds = [kind for kind in (bool, int, float, str) if hint in (kind, kind | None)]
+            if value is None and hint == kinds[0] | None:
+                continue
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            fits = {
+                bool: isinstance(value, bool),
+                int: is_number and value == int(value) if value == value else False,
+                float: is_number,
+                str: isinstance(value, (str, Path)) or (is_number and isinstance(value, int)),
+            }
+            if not fits[kinds[0]]:
+                raise InputError(f"{f.name} must be of type {kinds[0].__name__}; got {value!r}")
+            setattr(self, f.name, kinds[0](value))
+
+    def _check_combinations(self) -> None:
+        """Raise InputError for settings that exclude each other, or are no words of ours."""
         if self.dataset_name and self.train_data_dir:
             raise InputError(
                 f"name one image set: got dataset_name={self.dataset_name!r} and train_data_dir="
                 f"{self.train_data_dir!r}"
             )
-        if self.cpu_threads != "auto" and not (
-            self.cpu_threads.isdigit() and int(self.cpu_threads) > 0
-        ):
-            raise InputError(
-                f"cpu_threads must be auto or a number of threads; got {self.cpu_threads!r}"
-            )
+        threads = self.cpu_threads
+        if threads != "auto" and not (threads.isdigit() and int(threads) > 0):
+            raise InputError(f"cpu_threads must be auto or a number of threads; got {threads!r}")
         if self.ema_min_decay > self.ema_max_decay:
             raise InputError(
                 f"ema_min_decay must not exceed ema_max_decay; got {self.ema_min_decay} and "
                 f"{self.ema_max_decay}"
             )
+        inside = Path(self.logging_dir)
+        if inside.is_absolute() or ".." in inside.parts or not inside.parts:
+            raise InputError(
+                f"logging_dir must be a folder inside output_dir, like logs; got {str(inside)!r}"
+            )
+        if self.overwrite_output_dir and self.resume_from_checkpoint:
+            raise InputError("overwrite_output_dir and resume_from_checkpoint exclude each other")
 
     def _check_ranges(self) -> None:
         """Raise InputError for the first number out of range."""
@@ -343,7 +379,14 @@ def read_recipe(name: str) -> dict[str, Any]:
     return settings
 
 
-def make_parser():
+@dataclass
+class CommandLine:
+    """Flags that are no settings of a run."""
+
+    dry_run: bool = arg(False, "Print the resolved configuration and stop.")
+
+
+def make_parser(prog: str):
     """The parser of all flags; its errors are InputError, one line each."""
     from transformers import HfArgumentParser
 
@@ -352,17 +395,23 @@ def make_parser():
             raise InputError(message)
 
     return Parser(
-        TrainingConfig,
+        [TrainingConfig, CommandLine],
         allow_abbrev=False,
-        prog="train_accelerate.py",
-        description="Train a denoising diffusion model of images. Without flags: five minutes "
-        "on the embedded "
-        f"Fashion-MNIST images. Recipes: {', '.join(recipe_names())}.",
+        prog=prog,
+        description="Train a denoising diffusion model of images. Without flags: minutes on the "
+        f"embedded Fashion-MNIST images. Recipes: {', '.join(recipe_names())}.",
     )
 
 
 def parse_config(argv: list[str]) -> TrainingConfig:
-    """Resolve command-line words into a configuration: defaults < preset < recipe file < flags.
+    """Resolve command-line words into a configuration: see `parse_command`."""
+    return parse_command(argv)[0]
+
+
+def parse_command(
+    argv: list[str], prog: str = "train_accelerate.py"
+) -> tuple[TrainingConfig, CommandLine]:
+    """Resolve command-line words: defaults < preset < recipe file < flags.
 
     Without a recipe, `default` applies where an image set is named, and `fashion-quick` where
     nothing is.
@@ -371,7 +420,7 @@ def parse_config(argv: list[str]) -> TrainingConfig:
         InputError: an unknown flag, recipe or setting, or a value that does not fit.
         SystemExit: `--help`.
     """
-    parser = make_parser()
+    parser = make_parser(prog)
     given = _given(argv)
     names_data = given.get("dataset_name") or given.get("train_data_dir")
     recipe = given.get("recipe") or ("default" if names_data else "fashion-quick")
@@ -381,16 +430,19 @@ def parse_config(argv: list[str]) -> TrainingConfig:
             settings.pop(name, None)
     preset = given.get("preset") or str(settings.get("preset", "auto"))
     check_choice("preset", preset, PRESETS)
-    words = as_words(PRESETS[preset].settings, f"preset {preset}") + as_words(
-        settings, f"recipe {recipe}"
-    )
-    (config, unknown) = parser.parse_args_into_dataclasses(
-        [*words, *argv, "--recipe", recipe], return_remaining_strings=True, look_for_args_file=False
+    words = as_words(PRESETS[preset].settings, f"preset {preset}")
+    words += as_words(settings, f"recipe {recipe}")
+    config, command, unknown = parser.parse_args_into_dataclasses(
+        # The constructor takes no recipe: its settings are in the words.
+        [*words, *argv, "--recipe", "default"],
+        return_remaining_strings=True,
+        look_for_args_file=False,
     )
     if unknown:
         flag = unknown[0].split("=")[0].lstrip("-")
         raise InputError(f"unknown flag {unknown[0]!r}.{did_you_mean(flag, field_names())}")
-    return config
+    config.recipe = recipe
+    return config, command
 
 
 def _given(argv: list[str]) -> dict[str, str]:

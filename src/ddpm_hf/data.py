@@ -58,12 +58,15 @@ def to_network(images: Tensor) -> Tensor:
 
 def flatten_transparency(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Any Pillow image as L, RGB or a deep grey mode, composited on `background`."""
-    if image.mode in ("L", "RGB", "F", "I") or image.mode.startswith("I;16"):
+    has_key = "transparency" in image.info
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        return image
+    if image.mode in ("L", "RGB") and not has_key:
         return image
     if image.mode == "1":
         return image.convert("L")
-    grey = image.mode in ("LA", "La") and len(set(background)) == 1
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    grey = image.mode in ("L", "LA", "La") and len(set(background)) == 1
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or has_key:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
     return image.convert("L" if grey else "RGB")
@@ -223,7 +226,7 @@ class ImageSet:
         return torch.from_numpy(out)
 
     def fingerprint(self) -> str:
-        """A short hash of the content: all shapes, and 64 images spread over the set."""
+        """A short hash: all shapes, and the decoded pixels of 64 images spread over the set."""
         digest = hashlib.sha256(self._shapes[self.rows].tobytes())
         for i in np.linspace(0, len(self) - 1, 64).round().astype(int):
             digest.update(self.pixels(i).tobytes())
@@ -256,7 +259,13 @@ def open_dataset(config: TrainingConfig) -> datasets.Dataset:
     options = dict(split=config.split, cache_dir=config.cache_dir)
     try:
         if folder:
-            return datasets.load_dataset("imagefolder", data_dir=folder, **options)
+            # `datasets` reads splits out of file names (test_1.png); here a folder is one set,
+            # unless it has a sub-folder for the split.
+            split = config.split.split("[")[0]
+            files = {} if os.path.isdir(os.path.join(folder, split)) else {split: "**"}
+            return datasets.load_dataset(
+                "imagefolder", data_dir=folder, data_files=files or None, **options
+            )
         if name == EMBEDDED:
             files = {split: str(FASHION_MNIST / f"{split}.parquet") for split in ("train", "test")}
             return datasets.load_dataset("parquet", data_files=files, **options)
@@ -326,6 +335,25 @@ def load_images(config: TrainingConfig) -> ImageSet:
         InputError: the set cannot be loaded or has no images, or files are corrupt and
             `corrupt_images` is raise.
     """
+    table = decode(open_dataset(config), config)
+    faults = [fault for fault in table.data.column("fault").to_pylist() if fault]
+    if faults and config.corrupt_images == "raise":
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        named = "; ".join(faults[:5])
+        raise InputError(
+            f"{len(faults)} of {len(table)} images cannot be decoded: {named}{more}. "
+            "Mend or remove them, or leave them out with --corrupt_images skip"
+        )
+    rows = np.flatnonzero(table.data.column("height").to_numpy() > 0)
+    if not len(rows):
+        raise InputError(f"the image set has no images that can be decoded ({len(table)} rows)")
+    most = int(table.data.column("channels").to_numpy()[rows].max())
+    channels = {"auto": most, "L": 1, "RGB": 3}[config.image_mode]
+    return ImageSet(table, rows, config.image_size, channels, faults)
+
+
+def decode(source: datasets.Dataset, config: TrainingConfig) -> datasets.Dataset:
+    """Every row through `decode_row`, once: cached by its arguments and the data."""
     import datasets
 
     try:
@@ -334,9 +362,8 @@ def load_images(config: TrainingConfig) -> ImageSet:
         raise InputError(
             f"background must be a colour name or #rrggbb; got {config.background!r}"
         ) from error
-    source = open_dataset(config)
     column = find_image_column(source.features, config.image_column)
-    decode = partial(
+    function = partial(
         decode_row,
         column=column,
         size=config.image_size,
@@ -352,34 +379,15 @@ def load_images(config: TrainingConfig) -> ImageSet:
         deep="bool",
         fault="string",
     )
-    table = (
-        source.select_columns(column)
-        .cast_column(column, datasets.Image(decode=False))
-        .map(
-            decode,
-            with_indices=True,
-            remove_columns=column,
-            features=datasets.Features(
-                {name: datasets.Value(kind) for name, kind in kinds.items()}
-            ),
-            num_proc=config.dataloader_num_workers or None,
-            desc=f"Decoding {len(source)} images",
-        )
+    encoded = source.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    return encoded.map(
+        function,
+        with_indices=True,
+        remove_columns=column,
+        features=datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()}),
+        num_proc=config.dataloader_num_workers or None,
+        desc=f"Decoding {len(source)} images",
     )
-    faults = [fault for fault in table.data.column("fault").to_pylist() if fault]
-    if faults and config.corrupt_images == "raise":
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        named = "; ".join(faults[:5])
-        raise InputError(
-            f"{len(faults)} of {len(table)} images cannot be decoded: {named}{more}. "
-            "Mend or remove them, or leave them out with --corrupt_images skip"
-        )
-    rows = np.flatnonzero(table.data.column("height").to_numpy() > 0)
-    if not len(rows):
-        raise InputError(f"the image set has no images that can be decoded ({len(table)} rows)")
-    most = int(table.data.column("channels").to_numpy()[rows].max())
-    channels = {"auto": most, "L": 1, "RGB": 3}[config.image_mode]
-    return ImageSet(table, rows, config.image_size, channels, faults)
 
 
 # The endless stream of training images
@@ -397,6 +405,7 @@ class ImageStream:
     seed: int
     global_batch_size: int
     flip: bool
+    _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """Rows of the global batch of an optimiser step."""
@@ -411,10 +420,9 @@ class ImageStream:
 
     def _order(self, epoch: int) -> np.ndarray:
         """The permutation of an epoch; the last two are kept."""
-        orders = self.__dict__.setdefault("_orders", {})
-        if epoch not in orders:
-            if len(orders) > 1:
-                del orders[min(orders)]
+        if epoch not in self._orders:
+            if len(self._orders) > 1:
+                del self._orders[min(self._orders)]
             rng = np.random.default_rng([self.seed, ORDER_STREAM, epoch])
-            orders[epoch] = rng.permutation(len(self.images))
-        return orders[epoch]
+            self._orders[epoch] = rng.permutation(len(self.images))
+        return self._orders[epoch]

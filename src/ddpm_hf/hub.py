@@ -21,7 +21,7 @@ def write_card(
     config: TrainingConfig,
     *,
     step: int,
-    loss: float,
+    loss: float | None,
     parameters: int,
     channels: int,
     num_images: int,
@@ -32,7 +32,7 @@ def write_card(
     Args:
         config: The run's settings.
         step: Optimiser steps done.
-        loss: The last training loss that was logged.
+        loss: The last training loss that was logged, if it is known.
         parameters: Parameters of the network.
         channels: 1 for grey, 3 for RGB.
         num_images: Images in the training set.
@@ -52,7 +52,7 @@ def write_card(
         ),
         template_path=str(card_template()),
         model_name=config.run_dir.resolve().name,
-        repo=config.run_dir.as_posix(),
+        repo=config.run_dir.resolve().name,
         version=__version__,
         settings=asdict(config),
         data_name=f"[{name}](https://huggingface.co/datasets/{name})" if on_hub else data_name,

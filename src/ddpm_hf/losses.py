@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .functional import mean_flat
+from .functional import like, mean_flat
 from .scheduler import DDPMScheduler
 
 LossFunction = Callable[[Callable, DDPMScheduler, Tensor, Tensor, Tensor], Tensor]
@@ -46,6 +46,14 @@ def min_snr_weight(scheduler: DDPMScheduler, t: Tensor, gamma: float) -> Tensor:
     snr = alpha_bar / (1 - alpha_bar)
     divisor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}
     return snr.clamp(max=gamma) / divisor[scheduler.config.prediction_type]
+
+
+def min_snr_loss(
+    unet: Callable, scheduler: DDPMScheduler, x_0: Tensor, eps: Tensor, t: Tensor, *, gamma: float
+) -> Tensor:
+    """`simple_loss` weighted by `min_snr_weight`, (B,)."""
+    loss = simple_loss(unet, scheduler, x_0, eps, t)
+    return like(min_snr_weight(scheduler, t, gamma), loss) * loss
 
 
 def uniform_timesteps(draws: Tensor, num_timesteps: int) -> Tensor:

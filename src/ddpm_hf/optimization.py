@@ -24,9 +24,11 @@ def build_optimizer(unet: torch.nn.Module, config: TrainingConfig) -> torch.opti
         is_hidden = parameter.ndim == 4 and not name.startswith(("conv_in.", "conv_out."))
         (hidden if is_hidden else rest).append(parameter)
     muon = dict(lr=config.muon_learning_rate, momentum=config.muon_momentum)
-    return Muon(
+    optimizer = Muon(
         [dict(params=hidden, use_muon=True, **muon), dict(params=rest, use_muon=False, **adamw)]
     )
+    optimizer.defaults.setdefault("lr", config.learning_rate)  # the polynomial schedule reads it
+    return optimizer
 
 
 def build_ema(unet: torch.nn.Module, config: TrainingConfig) -> EMAModel:
@@ -41,7 +43,6 @@ def build_ema(unet: torch.nn.Module, config: TrainingConfig) -> EMAModel:
         foreach=True,
     )
     if config.ema_min_decay > 0:
-        ema.optimization_step = (
-            1  # its very first step ignores min_decay and drops the initial weights
-        )
+        # Its very first step would ignore min_decay and drop the initial weights.
+        ema.optimization_step = 1
     return ema

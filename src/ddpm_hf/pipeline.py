@@ -1,7 +1,7 @@
 """DDPMPipeline: one denoising loop for every diffusers scheduler, and pictures of what it makes."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +14,18 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from .errors import InputError
+from .functional import mix_seed
 from .scheduler import DDPMScheduler
 
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt")
+
+
+def seeded_generators(seed: int, numbers: Iterable[int]) -> list[torch.Generator]:
+    """A generator per image, of (seed, number); on the CPU: every device draws the same."""
+    return [torch.Generator().manual_seed(mix_seed(seed, number)) for number in numbers]
 
 
 class DenoisingStep(NamedTuple):
@@ -106,11 +113,12 @@ class DDPMPipeline(diffusers.DDPMPipeline):
     ) -> Iterator[DenoisingStep]:
         """The reverse process, step by step; the last x_s is the image, in [-1, 1].
 
-        x_0_hat is computed from the network's output whatever the scheduler, unclipped for those
-        that do not clip.
+        x_0_hat is computed from the network's output whatever the scheduler, and clipped as the
+        scheduler's configuration says, also for those of diffusers that do not clip.
 
         Raises:
-            ValueError: batch_size < 1, or a list of generators of another length.
+            ValueError: batch_size < 1, num_inference_steps out of range, or a list of generators of
+                another length.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
@@ -132,9 +140,9 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             output = self.unet(x_in.to(self.unet.dtype), t).sample.float()
             prediction, _ = process.split_output(output, x_t.shape[1])
             x_0_hat = process.clip_x_0(process.to_x_0(prediction, x_in, t.item()))
-            x_t = scheduler.step(
-                self._understood(output, prediction), t, x_t, **options
-            ).prev_sample
+            # diffusers' own schedulers know no learned variance, or one of RGB images only.
+            answer = output if process is scheduler else prediction
+            x_t = scheduler.step(answer, t, x_t, **options).prev_sample
             yield DenoisingStep(t.item(), x_t, x_0_hat)
 
     def _process(self) -> DDPMScheduler:
@@ -148,26 +156,23 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         return DDPMScheduler.from_config(config)
 
     def _draw(self, shape: tuple[int, ...], generator, device: torch.device) -> Tensor:
-        """Standard normal float32 noise; for MPS it is drawn on the CPU, reproducibly."""
-        where = torch.device("cpu") if device.type == "mps" else device
-        return randn_tensor(shape, generator=generator, device=where, dtype=torch.float32).to(
-            device
-        )
-
-    def _understood(self, output: Tensor, prediction: Tensor) -> Tensor:
-        """What the scheduler's `step` can read: most of diffusers' know no learned variance."""
-        knows = isinstance(self.scheduler, (DDPMScheduler, diffusers.DPMSolverMultistepScheduler))
-        return output if knows else prediction
+        """Standard normal float32 noise; without a generator MPS takes the CPU's, as stock does."""
+        first = generator[0] if isinstance(generator, list) else generator
+        on_cpu = device.type == "mps" and first is None
+        where = torch.device("cpu") if on_cpu else device
+        return randn_tensor(shape, generator, where, torch.float32).to(device)
 
     def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
         """Set the timesteps; warn where they start well below the noise that sampling starts at."""
         config = self.scheduler.config
         trained = config.num_train_timesteps
         if not 1 <= num_inference_steps <= trained:
-            raise ValueError(
+            raise InputError(
                 f"num_inference_steps must be between 1 and the {trained} trained timesteps; got "
                 f"{num_inference_steps}"
             )
+        if isinstance(self.scheduler, diffusers.PNDMScheduler) and num_inference_steps < 4:
+            raise InputError(f"PNDM needs num_inference_steps >= 4; got {num_inference_steps}")
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         if (
             config.get("timestep_spacing") == "leading"
@@ -175,17 +180,23 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         ):
             logger.warning(
                 f"timestep_spacing='leading' starts {num_inference_steps} steps at timestep "
-                f"{num_inference_steps - 1} "
-                f"of {trained}, where an image is not yet pure noise: the samples will be poor. "
-                f"Use 'trailing': "
-                "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, "
-                "timestep_spacing='trailing')"
+                f"{num_inference_steps - 1} of {trained}, where an image is not yet pure noise: "
+                "the samples will be poor. Use 'trailing': pipe.scheduler = type(pipe.scheduler)"
+                ".from_config(pipe.scheduler.config, timestep_spacing='trailing')"
+            )
+        ancestral = isinstance(self.scheduler, DDPMScheduler)
+        large = str(config.get("variance_type")).startswith("fixed_large")
+        if ancestral and large and num_inference_steps < trained:
+            logger.warning(
+                f"variance_type='fixed_large' is for all {trained} steps; with fewer, as now, "
+                "the samples will be noisy. Use DDIM or another solver, or pipe.scheduler = "
+                "DDPMScheduler.from_config(pipe.scheduler.config, variance_type='fixed_small')"
             )
 
 
-def image_grid(images: list[Image.Image], columns: int | None = None) -> Image.Image:
+def image_grid(images: list[Image.Image]) -> Image.Image:
     """Images of one size side by side on white; small ones enlarged to at least 56 pixels."""
-    columns = min(len(images), columns or int(np.ceil(len(images) ** 0.5)))
+    columns = int(np.ceil(len(images) ** 0.5))
     width, height = images[0].size
     zoom = max(1, -(-56 // max(width, height)))
     cell_w, cell_h = width * zoom + 2, height * zoom + 2

@@ -84,6 +84,7 @@ PRESETS: dict[str, Preset] = {
         source="Ho et al. 2020's blocks, sized by the resolution (`auto_levels`)",
         parameters=None,
         blocks=HO_BLOCKS,
+        initialisation="zero",
         settings={},
     ),
     "cifar10": Preset(
@@ -154,6 +155,18 @@ def auto_levels(resolution: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int
     return AUTO_CHANNELS[len(sides)], tuple(i for i, side in enumerate(sides) if 8 < side <= 16)
 
 
+def check_halving(preset: str, resolution: tuple[int, int], times: int) -> None:
+    """Raise InputError unless (height, width) can be halved so many times."""
+    factor = 2**times
+    if any(side % factor for side in resolution):
+        height, width = (max(factor, side - side % factor) for side in resolution)
+        raise InputError(
+            f"resolution {resolution[0]}x{resolution[1]} cannot be halved {times} times, as the "
+            f"network of preset {preset!r} needs; use multiples of {factor}, for example "
+            f"{height}x{width}"
+        )
+
+
 def unet_config(
     preset: str = "auto",
     *,
@@ -184,28 +197,16 @@ def unet_config(
             )
         resolution = (int(row.settings["resolution"]),) * 2
     channels, attention = (row.channels, row.attention) if row.channels else auto_levels(resolution)
-    factor = 2 ** (len(channels) - 1)
-    if any(side % factor or side < factor for side in resolution):
-        down = tuple(max(factor, side - side % factor) for side in resolution)
-        raise InputError(
-            f"resolution {resolution[0]}x{resolution[1]} cannot be halved {len(channels) - 1} "
-            f"times, as the network "
-            f"of preset {preset!r} needs; use multiples of {factor}, for example "
-            f"{down[0]}x{down[1]}"
-        )
+    check_halving(preset, resolution, len(channels) - 1)
+    kinds = ["Attn" if level in attention else "" for level in range(len(channels))]
     return dict(
         row.blocks,
         sample_size=resolution[0] if resolution[0] == resolution[1] else list(resolution),
         in_channels=image_channels,
         out_channels=image_channels * (2 if learned_variance else 1),
         block_out_channels=channels,
-        down_block_types=tuple(
-            "AttnDownBlock2D" if i in attention else "DownBlock2D" for i in range(len(channels))
-        ),
-        up_block_types=tuple(
-            "AttnUpBlock2D" if i in attention else "UpBlock2D"
-            for i in reversed(range(len(channels)))
-        ),
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
         dropout=row.settings.get("dropout", 0.0) if dropout is None else dropout,
     )
 
@@ -250,28 +251,32 @@ def zero_branches(unet: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def build_scheduler(
-    preset: str = "auto",
-    *,
-    ddpm_num_steps: int | None = None,
-    ddpm_beta_schedule: str | None = None,
-    prediction_type: str | None = None,
-    variance_type: str | None = None,
-) -> DDPMScheduler:
+def beta_range(schedule: str, num_timesteps: int) -> tuple[float, float]:
+    """(beta_start, beta_end): Ho et al.'s 1e-4 and 0.02 for T = 1000, scaled by 1000 / T.
+
+    So alpha_bar_T stays near 0. Only linear, scaled_linear and sigmoid use them.
+
+    Raises:
+        InputError: too few timesteps: betas would reach 1.
+    """
+    scale = 1000 / num_timesteps
+    if 0.02 * scale >= 1 and schedule in ("linear", "scaled_linear", "sigmoid"):
+        raise InputError(
+            f"ddpm_num_steps must be more than 20 for the {schedule} schedule; got {num_timesteps}"
+        )
+    return 1e-4 * scale, 0.02 * scale
+
+
+def build_scheduler(preset: str = "auto", **settings) -> DDPMScheduler:
     """The process of a preset, written in words that stock diffusers reads.
 
-    Trailing timesteps, so that a short chain starts at the noise. The beta range of linear,
-    scaled_linear and sigmoid is made for T = 1000 and is scaled by 1000 / T, so that alpha_bar_T
-    stays near 0. sigmoid and laplace, which six of stock's schedulers refuse, are written as
-    `trained_betas`.
+    Trailing timesteps, so that a short chain starts at the noise. sigmoid and laplace, which six of
+    stock's schedulers refuse, are written as `trained_betas`.
 
     Args:
-        preset: A key of PRESETS; what is None below is the preset's own, or else the default of
-            TrainingConfig.
-        ddpm_num_steps: T.
-        ddpm_beta_schedule: linear, scaled_linear, cosine, sigmoid or laplace.
-        prediction_type: epsilon, sample or v_prediction.
-        variance_type: fixed_small, fixed_large or learned_range.
+        preset: A key of PRESETS.
+        settings: Any of ddpm_num_steps, ddpm_beta_schedule, prediction_type and variance_type, in
+            place of the preset's (or else DEFAULT_PROCESS).
 
     Raises:
         InputError: an unknown word, or too few timesteps for the schedule's beta range.
@@ -280,24 +285,14 @@ def build_scheduler(
     from .scheduler import FORMAT, DDPMScheduler
 
     check_choice("preset", preset, PRESETS)
-    given = dict(
-        ddpm_num_steps=ddpm_num_steps,
-        ddpm_beta_schedule=ddpm_beta_schedule,
-        prediction_type=prediction_type,
-        variance_type=variance_type,
-    )
-    row = dict(DEFAULT_PROCESS)
-    row.update({key: value for key, value in PRESETS[preset].settings.items() if key in row})
-    row.update({key: value for key, value in given.items() if value is not None})
+    for name in settings:
+        check_choice("setting of the process", name, DEFAULT_PROCESS)
+    row = DEFAULT_PROCESS | PRESETS[preset].settings | settings
     schedule, steps = row["ddpm_beta_schedule"], row["ddpm_num_steps"]
     check_choice("ddpm_beta_schedule", schedule, BETA_SCHEDULES)
-    beta_start, beta_end = 1e-4 * 1000 / steps, 0.02 * 1000 / steps
-    if steps < 2 or (beta_end >= 1 and schedule in ("linear", "scaled_linear", "sigmoid")):
-        raise InputError(
-            f"ddpm_num_steps must be more than 20 for the {schedule} schedule; got {steps}"
-        )
-    words: dict = {"beta_schedule": "squaredcos_cap_v2" if schedule == "cosine" else schedule}
-    extras: dict = {"format": FORMAT}
+    beta_start, beta_end = beta_range(schedule, steps)
+    extras = {"format": FORMAT}
+    words = {"beta_schedule": "squaredcos_cap_v2" if schedule == "cosine" else schedule}
     if schedule in ("sigmoid", "laplace"):
         words = {"trained_betas": make_betas(schedule, steps, beta_start, beta_end).tolist()}
         extras["beta_schedule"] = schedule

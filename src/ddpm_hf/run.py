@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -27,28 +23,31 @@ from tqdm.auto import tqdm
 from .checkpoint import (
     CONFIG,
     METRICS,
+    Checkpoint,
+    check_folder,
     clear_run,
     compare_runs,
-    find_latest,
     join_optimizer,
     keep_metrics,
     list_checkpoints,
     load_checkpoint,
-    refuse_stranger,
+    load_latest,
     rotate,
     save_checkpoint,
+    set_aside,
     split_optimizer,
     write_text,
 )
 from .config import TrainingConfig
-from .data import ImageStream, load_images, to_network
+from .data import ImageSet, ImageStream, load_images, to_network
+from .devices import start_accelerator
 from .errors import InputError
 from .functional import mix_seed
 from .hub import write_card
 from .losses import stratified_timesteps, uniform_timesteps
 from .optimization import build_ema, build_optimizer
-from .pipeline import DDPMPipeline, save_image_grid
-from .presets import build_scheduler, build_unet
+from .pipeline import DDPMPipeline, save_image_grid, seeded_generators
+from .presets import DEFAULT_PROCESS, build_scheduler, build_unet
 from .scheduler import DDPMScheduler
 
 TIMESTEP_STREAM, NOISE_STREAM, DROPOUT_STREAM = 3, 4, 5
@@ -73,44 +72,6 @@ class TrainingResult(NamedTuple):
     loss_curve: Path
 
 
-def start_accelerator(config: TrainingConfig) -> Accelerator:
-    """Accelerate; on the CPU where there is no other device, so that torchrun's processes meet."""
-    has_device = torch.cuda.is_available() or torch.backends.mps.is_available()
-    precision = config.mixed_precision
-    if precision == "auto":
-        # `accelerate launch` always exports a precision; its "no" cannot be told from no choice.
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        gpu_has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        precision = launched if launched in ("fp16", "bf16") else "bf16" if gpu_has_bf16 else "no"
-    if config.logger != "none" and importlib.util.find_spec(config.logger) is None:
-        raise InputError(
-            f'logger {config.logger!r} is not installed: pip install "ddpm_hf[track]", or choose '
-            "another with --logger"
-        )
-    AcceleratorState._reset_state()  # a notebook may train twice, in different precisions
-    accelerator = Accelerator(
-        cpu=not has_device,
-        mixed_precision=precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=None if config.logger == "none" else config.logger,
-        project_config=ProjectConfiguration(
-            project_dir=str(config.run_dir), logging_dir=str(config.run_dir / config.logging_dir)
-        ),
-    )
-    if accelerator.device.type == "cpu" or config.cpu_threads != "auto":
-        set_threads(config.cpu_threads)
-    return accelerator
-
-
-def set_threads(wanted: str) -> None:
-    """Compute on all cores: launchers export OMP_NUM_THREADS=1, which leaves the others idle."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(max(1, cores // local_processes) if wanted == "auto" else int(wanted))
-
-
 class LossWindow:
     """Mean loss since the last look; adding never waits for the device."""
 
@@ -129,6 +90,21 @@ class LossWindow:
         self.values.clear()
         self.last = mean.item()
         return self.last
+
+
+def announce(accelerator: Accelerator, images: ImageSet) -> None:
+    """Say what is trained on and where, and which images were left out."""
+    height, width = images.size
+    accelerator.print(
+        f"Training on {len(images)} {'RGB' if images.channels == 3 else 'grey'} images, "
+        f"{height}x{width}; processes: {accelerator.num_processes}, on "
+        f"{accelerator.device.type}; CPU threads: {torch.get_num_threads()} each; "
+        f"mixed precision: {accelerator.mixed_precision}"
+    )
+    for fault in images.faults:
+        accelerator.print(f"Skipped an image that cannot be decoded: {fault}")
+    if images.faults:
+        accelerator.print(f"Skipped {len(images.faults)} images in all")
 
 
 @dataclass
@@ -151,24 +127,17 @@ class Run:
         accelerator = start_accelerator(config)
         with accelerator.main_process_first():  # one process decodes, the others read its cache
             images = load_images(config)
-        height, width = images.size
-        accelerator.print(
-            f"Training on {len(images)} {'RGB' if images.channels == 3 else 'grey'} images, "
-            f"{height}x{width}; processes: {accelerator.num_processes}, on "
-            f"{accelerator.device.type}; CPU threads: {torch.get_num_threads()} each; "
-            f"mixed precision: {accelerator.mixed_precision}"
-        )
-        for fault in images.faults:
-            accelerator.print(f"Skipped an image that cannot be decoded: {fault}")
-        if images.faults:
-            accelerator.print(f"Skipped {len(images.faults)} images in all")
+        announce(accelerator, images)
+        batch_size = config.train_batch_size * config.gradient_accumulation_steps
+        batch_size *= accelerator.num_processes
+        epochs = config.num_epochs * len(images) / batch_size
+        total_steps = config.max_train_steps or math.ceil(epochs)
+        if config.lr_warmup_steps >= total_steps:
+            accelerator.print(
+                f"Warning: the learning rate warms up for {config.lr_warmup_steps} steps and the "
+                f"run has {total_steps}: choose fewer --lr_warmup_steps"
+            )
 
-        global_batch_size = (
-            config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-        )
-        total_steps = config.max_train_steps or math.ceil(
-            config.num_epochs * len(images) / global_batch_size
-        )
         torch.manual_seed(config.seed)
         unet = build_unet(
             config.preset,
@@ -176,13 +145,7 @@ class Run:
             image_channels=images.channels,
             dropout=config.dropout,
         ).to(accelerator.device)
-        scheduler = build_scheduler(
-            config.preset,
-            ddpm_num_steps=config.ddpm_num_steps,
-            ddpm_beta_schedule=config.ddpm_beta_schedule,
-            prediction_type=config.prediction_type,
-            variance_type=config.variance_type,
-        )
+        process = {name: getattr(config, name) for name in DEFAULT_PROCESS}
         optimizer = build_optimizer(unet, config)
         lr_scheduler = get_scheduler(
             config.lr_scheduler,
@@ -194,9 +157,16 @@ class Run:
         # Neither the data nor the schedule is prepared: accelerate would replay epoch 0 and tick
         # once per process.
         unet, optimizer = accelerator.prepare(unet, optimizer)
-        stream = ImageStream(images, config.seed, global_batch_size, config.random_flip)
         return cls(
-            config, accelerator, stream, unet, scheduler, optimizer, lr_scheduler, ema, total_steps
+            config=config,
+            accelerator=accelerator,
+            stream=ImageStream(images, config.seed, batch_size, config.random_flip),
+            unet=unet,
+            scheduler=build_scheduler(config.preset, **process),
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            ema=ema,
+            total_steps=total_steps,
         )
 
     @property
@@ -271,18 +241,20 @@ class Run:
             "data_fingerprint": self.stream.images.fingerprint(),
         }
         settings = asdict(config) | identity
-        if config.overwrite_output_dir:
-            refuse_stranger(self.directory)
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                clear_run(self.directory)
-            accelerator.wait_for_everyone()
-        for line in compare_runs(self.directory, settings):
-            accelerator.print(line)
+        check_folder(self.directory)
+        if not config.overwrite_output_dir:
+            for line in compare_runs(self.directory, settings):
+                accelerator.print(line)
+        accelerator.wait_for_everyone()
+        if config.overwrite_output_dir and accelerator.is_main_process:
+            clear_run(self.directory)
+        accelerator.wait_for_everyone()
         checkpoint = self._find_checkpoint()
         step = self._restore(checkpoint) if checkpoint else 0
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            for name in set_aside(self.directory, step):
+                accelerator.print(f"Renamed {name} to aside-{name}: this run goes on before it")
             self.directory.mkdir(parents=True, exist_ok=True)
             write_text(self.directory / CONFIG, json.dumps(settings, indent=2) + "\n")
             keep_metrics(self.directory / METRICS, step)
@@ -294,51 +266,46 @@ class Run:
             accelerator.init_trackers("ddpm_hf", config=plain)
         return step
 
-    def _find_checkpoint(self) -> Path | None:
-        """The checkpoint to go on from, if any."""
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint to go on from, if any; always one of this run."""
         wanted = self.config.resume_from_checkpoint
         if wanted and wanted != "latest":
-            folder = Path(wanted) if Path(wanted).is_dir() else self.directory / wanted
-            if not folder.is_dir():
+            folder = self.directory / Path(wanted).name
+            if folder not in list_checkpoints(self.directory):
                 raise InputError(
-                    f"resume_from_checkpoint {wanted!r} is no folder; this run has "
+                    f"resume_from_checkpoint {wanted!r} is no checkpoint of this run, which has "
                     f"{[path.name for path in list_checkpoints(self.directory)]}"
                 )
-            return folder
-        latest, passed_over = find_latest(self.directory)
+            return load_checkpoint(folder)
+        latest, passed_over = load_latest(self.directory)
         for line in passed_over:
             self.accelerator.print(f"{line}; using the one before it")
         return latest
 
-    def _restore(self, folder: Path) -> int:
-        """Load a checkpoint into the run and return its step."""
-        checkpoint = load_checkpoint(folder)
-        self.accelerator.unwrap_model(self.unet).load_state_dict(checkpoint.tensors["unet"])
-        optimizer_state = join_optimizer(
-            checkpoint.tensors.get("optimizer", {}), checkpoint.state["optimizer"]
+    def _restore(self, checkpoint: Checkpoint) -> int:
+        """Bring the run to where a checkpoint was written; returns its step."""
+        unet = self.accelerator.unwrap_model(self.unet)
+        unet.load_state_dict(checkpoint.tensors["unet"])
+        self.optimizer.load_state_dict(
+            join_optimizer(checkpoint.tensors.get("optimizer", {}), checkpoint.state["optimizer"])
         )
-        self.optimizer.load_state_dict(optimizer_state)
-        self.lr_scheduler.load_state_dict(checkpoint.state["lr_scheduler"])
-        # The schedule's horizon may have changed: set the rate that this run's schedule has at this
-        # step.
-        rates = [
-            base * factor(checkpoint.step)
-            for base, factor in zip(
-                self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True
-            )
-        ]
-        for group, rate in zip(self.lr_scheduler.optimizer.param_groups, rates, strict=True):
+        schedule = self.lr_scheduler
+        schedule.load_state_dict(checkpoint.state["lr_scheduler"])
+        # The horizon may have changed since: take the rate that this run's schedule has here.
+        bases = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        rates = [base * factor(schedule.last_epoch) for base, factor in bases]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         if self.ema:
-            names = [
-                name for name, _ in self.accelerator.unwrap_model(self.unet).named_parameters()
-            ]
-            shadow = [checkpoint.tensors["ema"][name].to(self.accelerator.device) for name in names]
-            self.ema.load_state_dict(checkpoint.state["ema"] | {"shadow_params": shadow})
-        if self.accelerator.scaler is not None:
+            named = checkpoint.tensors["ema"]
+            device = self.accelerator.device
+            self.ema.shadow_params = [named[name].to(device) for name, _ in unet.named_parameters()]
+            self.ema.optimization_step = checkpoint.state["ema_step"]
+        if self.accelerator.scaler is not None and "scaler" in checkpoint.state:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.accelerator.print(
-            f"Going on from {folder} ({checkpoint.step} of {self.total_steps} steps)"
+            f"Going on from checkpoint-{checkpoint.step}, {checkpoint.step} of {self.total_steps} "
+            "steps done"
         )
         return checkpoint.step
 
@@ -349,13 +316,11 @@ class Run:
             unet = self.accelerator.unwrap_model(self.unet)
             optimizer_tensors, optimizer_rest = split_optimizer(self.optimizer.optimizer)
             tensors = {"unet": unet.state_dict(), "optimizer": optimizer_tensors}
-            lr_state = self.lr_scheduler.state_dict()
-            state = {"optimizer": optimizer_rest, "lr_scheduler": lr_state}
+            state = {"optimizer": optimizer_rest, "lr_scheduler": self.lr_scheduler.state_dict()}
             if self.ema:
-                ema_state = self.ema.state_dict()
                 names = [name for name, _ in unet.named_parameters()]
-                tensors["ema"] = dict(zip(names, ema_state.pop("shadow_params"), strict=True))
-                state["ema"] = ema_state
+                tensors["ema"] = dict(zip(names, self.ema.shadow_params, strict=True))
+                state["ema_step"] = self.ema.optimization_step
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
             save_checkpoint(self.directory, step, tensors, state)
@@ -398,15 +363,12 @@ class Run:
         share = range(
             self.accelerator.process_index, math.ceil(count / processes) * processes, processes
         )
-        device = self.accelerator.device
         with self.averaged_weights() as unet:
             pipe = DDPMPipeline(unet, DDPMScheduler.from_config(self.scheduler.config))
             pipe.set_progress_bar_config(
                 desc="Sampling", leave=False, disable=not self.accelerator.is_main_process
             )
-            generators = [
-                torch.Generator(device).manual_seed(mix_seed(self.config.seed, i)) for i in share
-            ]
+            generators = seeded_generators(self.config.seed, share)
             steps = self.config.ddpm_num_inference_steps
             images = pipe(len(share), generators, steps, output_type="pt").images
         images = self.accelerator.gather(images.contiguous())
@@ -474,11 +436,15 @@ class Run:
         return card.stat().st_mtime_ns >= states[-1].stat().st_mtime_ns
 
 
-def save_loss_curve(metrics: Path, path: Path) -> float:
-    """Plot the logged losses, and their running mean, over the steps; returns the last one."""
+def save_loss_curve(metrics: Path, path: Path) -> float | None:
+    """Plot the logged losses, and their running mean, over the steps; returns the last loss."""
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = (
+        [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    )
+    if not rows:  # deleted by hand
+        return None
     steps, losses = np.array([[row["step"], row["loss"]] for row in rows]).T
     width = max(1, len(losses) // 20)
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).add_subplot()

@@ -11,8 +11,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .errors import InputError, check_choice
-from .functional import mix_seed
-from .pipeline import DDPMPipeline, save_image_grid
+from .pipeline import DDPMPipeline, save_image_grid, seeded_generators
+from .scheduler import DDPMScheduler
 
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
@@ -45,7 +45,9 @@ def load_pipeline(repo_or_folder: str, scheduler: str | None = None) -> DDPMPipe
         raise InputError(
             f"cannot load a pipeline from {repo_or_folder!r}: {' '.join(str(error).split())}"
         ) from error
-    if scheduler not in (None, "ddpm"):
+    if scheduler == "ddpm" and not isinstance(pipe.scheduler, DDPMScheduler):
+        pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    elif scheduler not in (None, "ddpm"):
         pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(
             pipe.scheduler.config
         )
@@ -60,9 +62,7 @@ def sample_batches(
     """Images in batches, uint8 (B, H, W, C); image i is drawn from (seed, i) in any batch."""
     for first in range(0, num_images, batch_size):
         numbers = range(first, min(first + batch_size, num_images))
-        generators = [
-            torch.Generator(pipe._execution_device).manual_seed(mix_seed(seed, i)) for i in numbers
-        ]
+        generators = seeded_generators(seed, numbers)
         images = pipe(len(numbers), generators, num_inference_steps, output_type="np").images
         yield (images * 255).round().astype(np.uint8)
 
@@ -92,17 +92,7 @@ def sample_to(
     Raises:
         InputError: nothing to write to, a number below 1, or an output that exists already.
     """
-    if output is None and grid is None:
-        raise InputError("name what to write: output, grid or both")
-    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1; got {value}")
-    if (
-        output is not None
-        and Path(output).exists()
-        and not (Path(output).is_dir() and not any(Path(output).iterdir()))
-    ):
-        raise InputError(f"output {output} exists already: name another file or an empty folder")
+    _check(pipe, output, num_images, batch_size, seed, num_inference_steps, grid)
     channels, height, width = pipe.image_shape
     shape = (num_images, height, width) if channels == 1 else (num_images, height, width, channels)
     writer = None if output is None else _Writer(Path(output), shape)
@@ -125,6 +115,29 @@ def sample_to(
         writer.close()
     if grid is not None:
         save_image_grid(shown, grid)
+
+
+def _check(pipe, output, num_images, batch_size, seed, num_inference_steps, grid) -> None:
+    """Raise InputError for what `sample_to` cannot do, before it does anything."""
+    if output is None and grid is None:
+        raise InputError("name what to write: output, grid or both")
+    trained = pipe.scheduler.config.num_train_timesteps
+    for name, value, low, high in (
+        ("num_images", num_images, 1, None),
+        ("batch_size", batch_size, 1, None),
+        ("seed", seed, 0, None),
+        ("num_inference_steps", num_inference_steps, 1, trained),
+    ):
+        if value < low or (high and value > high):
+            limit = f"between {low} and {high}" if high else f"at least {low}"
+            raise InputError(f"{name} must be {limit}; got {value}")
+    for path in (output, grid):
+        if path is None or not Path(path).exists():
+            continue
+        if not (path is output and Path(path).is_dir() and not any(Path(path).iterdir())):
+            raise InputError(f"{path} exists already: name another file or an empty folder")
+    if grid is not None and Path(grid).suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"grid must end like a picture, for example .png; got {str(grid)!r}")
 
 
 class _Writer:

@@ -6,26 +6,29 @@ also depends on the rank.
 """
 
 import time
+from functools import partial
 
 from .config import TrainingConfig
-from .losses import LossFunction, min_snr_weight, simple_loss
+from .losses import LossFunction, min_snr_loss, simple_loss
 from .run import LossWindow, Run, TrainingResult
 
 
 def train(
-    config: TrainingConfig | None = None, loss_fn: LossFunction = simple_loss
+    config: TrainingConfig | None = None, loss_fn: LossFunction | None = None
 ) -> TrainingResult:
     """Train a DDPM: Algorithm 1 of Ho et al. 2020; goes on where an earlier call stopped.
 
     Args:
         config: The settings; without any, the recipe `fashion-quick`.
-        loss_fn: The objective, one loss per image: see losses.py.
+        loss_fn: The objective, one loss per image: see losses.py. Without any, `simple_loss`, or
+            `min_snr_loss` where `snr_gamma` is set.
 
     Raises:
         InputError: settings, images or a folder that do not fit together; nothing has been
             overwritten then.
     """
     config = config or TrainingConfig.from_recipe("fashion-quick")
+    loss_fn = loss_fn or objective(config)
     run = Run.build(config)
     first_step = run.open_folder()
     accelerator, unet, scheduler = run.accelerator, run.unet, run.scheduler
@@ -38,11 +41,7 @@ def train(
                 with accelerator.accumulate(unet):
                     # Algorithm 1, lines 2-4: an image, a timestep, noise
                     x_0, eps, t = run.draw(step, micro)
-                    loss = loss_fn(unet, scheduler, x_0, eps, t)
-                    if config.snr_gamma:
-                        weight = min_snr_weight(scheduler, t, config.snr_gamma)
-                        loss = loss * weight.float().to(loss.device)
-                    loss = loss.mean()
+                    loss = loss_fn(unet, scheduler, x_0, eps, t).mean()
                     losses.add(loss)
                     # line 5: a gradient step
                     accelerator.backward(loss)
@@ -50,9 +49,10 @@ def train(
                         accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
                     run.optimizer.step()
                     run.optimizer.zero_grad()
-            run.lr_scheduler.step()
-            if run.ema:
-                run.ema.step(unet.parameters())
+            if not accelerator.optimizer_step_was_skipped:  # as fp16 does after an overflow
+                run.lr_scheduler.step()
+                if run.ema:
+                    run.ema.step(unet.parameters())
 
             done = step + 1
             bar.update()
@@ -67,3 +67,8 @@ def train(
             if run.epoch_ended(done, config.save_model_epochs):
                 run.save_pipeline()
     return run.finish(max(first_step, run.total_steps), losses.last)
+
+
+def objective(config: TrainingConfig) -> LossFunction:
+    """The loss that the settings name."""
+    return partial(min_snr_loss, gamma=config.snr_gamma) if config.snr_gamma else simple_loss
