@@ -1113,3 +1113,11 @@ def test_no_float64_reaches_a_device_that_may_lack_it():
         step = scheduler.p_step(output, scheduler.q_sample(x, x, t), t, t - 1)
         assert step.distribution.mean.device.type == "meta"
         assert step.distribution.log_variance.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("t", "s"), [(5, 5), (5, 6), (torch.tensor([9, 3]), torch.tensor([2, 4]))])
+def test_a_step_that_does_not_go_back_is_refused(t, s):
+    """Its variance would be negative, and the image NaN."""
+    x = torch.zeros(2, 1, 4, 4)
+    with pytest.raises(ValueError, match="a reverse step goes from t to s < t"):
+        DDPMScheduler().p_step(x, x, t, s)

@@ -7,16 +7,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline, TrainingConfig, train
 from ddpm_hf.checkpoint import list_checkpoints
+from ddpm_hf.data import ImageStream, load_images
 from ddpm_hf.devices import available_cores
 from ddpm_hf.errors import InputError
 from ddpm_hf.losses import simple_loss
@@ -275,13 +280,46 @@ def test_ema_with_warm_up_follows_its_formula():
 
 
 def test_the_learning_rate_covers_its_schedule_under_accumulation(quick_settings):
-    """Pitfall 4.3: stock counts micro-steps, so that with accumulation a the schedule is cut to
-    1/a.
+    """Pitfall 4.3: stock's prepared schedule does not tick on micro-steps, and its horizon counts
+    them: with accumulation 3 a linear decay ends at 2/3 of the rate, not at 0.
     """
     settings = quick_settings | dict(lr_scheduler="linear", learning_rate=1.0, lr_warmup_steps=2)
     out = run(settings, gradient_accumulation_steps=3, max_train_steps=4).output_dir
     rates = [json.loads(line)["lr"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rates == [0.5, 1.0, 0.5, 0.0]
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    loader = torch.utils.data.DataLoader(torch.ones(12, 1))
+    stock = get_scheduler("linear", optimizer, num_training_steps=len(loader))
+    layer, optimizer, stock = accelerator.prepare(layer, optimizer, stock)
+    for batch in loader:
+        with accelerator.accumulate(layer):
+            accelerator.backward(layer(batch).mean())
+            optimizer.step()
+            stock.step()
+            optimizer.zero_grad()
+    assert stock.get_last_lr() == pytest.approx([2 / 3])
+
+
+def test_processes_draw_different_noise_from_one_seed(quick_settings):
+    """Pitfall 4.12: `set_seed(seed)` on every process, the house way, gives all the same noise."""
+    draws = []
+    for _ in range(2):  # two processes
+        set_seed(0)
+        draws.append(torch.randn(4))
+    assert torch.equal(*draws)
+
+    config = TrainingConfig(**quick_settings)
+    stream = ImageStream(load_images(config), 0, 8, False)
+    ours = []
+    for rank in range(2):
+        place = SimpleNamespace(num_processes=2, process_index=rank, device=torch.device("cpu"))
+        ours.append(Run(config, place, stream, *[None] * 6).draw(0, 0))
+    (_, eps_0, t_0), (_, eps_1, t_1) = ours
+    assert not torch.equal(eps_0, eps_1)
+    assert not torch.equal(t_0, t_1)
 
 
 def test_accumulation_is_the_same_as_a_larger_batch(quick_settings, tmp_path):
@@ -447,10 +485,6 @@ def test_two_processes_draw_the_same_as_one_and_end_with_the_same_weights(quick_
 
 def test_any_split_over_processes_draws_the_same_noise_and_timesteps(quick_settings):
     """Run.draw for 1 process x 8, 2 x 4 and 2 x 2 x 2 micro-steps, by hash of every row."""
-    from types import SimpleNamespace
-
-    from ddpm_hf.data import ImageStream, load_images
-
     config = TrainingConfig(**quick_settings)
     images = load_images(config)
 

@@ -143,8 +143,8 @@ class TrainingConfig:
     )
     timestep_sampler: Literal["stratified", "uniform"] = arg(
         "stratified",
-        "Timesteps of a batch: one in each equal share of [0, T), or independent. Less gradient "
-        "noise.",
+        "Timesteps of a batch: one in each equal share of [0, T), or independent. Stratified gives "
+        "a steadier loss.",
     )
     dropout: float = arg(0.0, "Dropout in the residual blocks; the paper uses 0.1 on CIFAR-10.")
 

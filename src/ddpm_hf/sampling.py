@@ -38,10 +38,7 @@ def load_pipeline(repo_or_folder: str, scheduler: str | None = None) -> DDPMPipe
         check_choice("scheduler", scheduler, SCHEDULERS)
     try:
         pipe = DDPMPipeline.from_pretrained(repo_or_folder, use_safetensors=True)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # diffusers and huggingface_hub raise both for what cannot be found
+    except (OSError, ValueError) as error:  # both are raised for what cannot be found
         raise InputError(
             f"cannot load a pipeline from {repo_or_folder!r}: {' '.join(str(error).split())}"
         ) from error

@@ -94,9 +94,8 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             )
         if bool((beta == 1).any()) and self.config.prediction_type == "epsilon":
             raise ValueError(
-                "prediction_type='epsilon' cannot recover the image from pure noise (alpha_bar = "
-                "0), which "
-                "rescale_betas_zero_snr makes; use prediction_type='v_prediction' or 'sample'"
+                "prediction_type='epsilon' cannot recover the image from pure noise, "
+                "alpha_bar = 0, which rescale_betas_zero_snr makes; use 'v_prediction' or 'sample'"
             )
 
     # What stock has no key for
@@ -121,8 +120,11 @@ class DDPMScheduler(diffusers.DDPMScheduler):
     def alpha_bar_at(self, t: Timestep | float) -> Tensor:
         """alpha_bar_t as float64 on the CPU, () or (B,); t = -1 is the clean image, alpha_bar = 1.
 
-        A float t lies between two timesteps (Euler and Heun step there): the noise level sqrt(1 /
-        alpha_bar - 1) is interpolated linearly, as diffusers does.
+        A float t lies between two timesteps (Euler and Heun step there): the noise level
+        sqrt(1 / alpha_bar - 1) is interpolated linearly, as diffusers does.
+
+        Raises:
+            ValueError: a timestep that does not exist.
         """
         t = torch.as_tensor(t, device="cpu")
         if bool((t < -1).any()) or bool((t >= len(self.beta)).any()):
@@ -174,13 +176,20 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         return torch.where(variance > 0, variance, self._posterior_variance(1, 0)).log()
 
     def _posterior_variance(self, t: Timestep, s: Timestep) -> Tensor:
+        if bool((torch.as_tensor(s).cpu() >= torch.as_tensor(t).cpu()).any()):
+            raise ValueError(f"a reverse step goes from t to s < t; got t={t} and s={s}")
         alpha_bar_t, alpha_bar_s = self.alpha_bar_at(t), self.alpha_bar_at(s)
         return (1 - alpha_bar_t / alpha_bar_s) * (1 - alpha_bar_s) / (1 - alpha_bar_t)
 
     # Reverse process p
 
     def target(self, x_0: Tensor, eps: Tensor, t: Timestep) -> Tensor:
-        """What the network is trained to say: eps, x_0 or v (Salimans & Ho 2022)."""
+        """What the network is trained to say: eps, x_0 or v (Salimans & Ho 2022).
+
+        Args:
+            x_0, eps: Clean images in [-1, 1] and the noise added to them, (B, C, H, W).
+            t: Timesteps, (B,).
+        """
         match self.config.prediction_type:
             case "epsilon":
                 return eps
@@ -191,7 +200,13 @@ class DDPMScheduler(diffusers.DDPMScheduler):
                 return like(alpha_bar.sqrt(), x_0) * eps - like((1 - alpha_bar).sqrt(), x_0) * x_0
 
     def to_x_0(self, output: Tensor, x_t: Tensor, t: Timestep | float) -> Tensor:
-        """Eq. (15): the clean image that the output stands for, unclipped. Inverts `target`."""
+        """Eq. (15): the clean image that the output stands for, unclipped. Inverts `target`.
+
+        Args:
+            output: The network's prediction, without variance channels, (B, C, H, W).
+            x_t: Noised images, (B, C, H, W).
+            t: Timesteps, one or (B,).
+        """
         alpha_bar = self.alpha_bar_at(t)
         match self.config.prediction_type:
             case "epsilon":
@@ -207,12 +222,15 @@ class DDPMScheduler(diffusers.DDPMScheduler):
                 )
 
     def to_eps(self, x_0: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
-        """Eq. (4) solved for the noise that leads from x_0 to x_t."""
+        """Eq. (4) solved for the noise that leads from x_0 to x_t; all (B, C, H, W)."""
         alpha_bar = self.alpha_bar_at(t)
         return (x_t - like(alpha_bar.sqrt(), x_t) * x_0) / like((1 - alpha_bar).sqrt(), x_t)
 
     def clip_x_0(self, x_0_hat: Tensor) -> Tensor:
-        """The configured clip of a predicted image: dynamic thresholding, a range, or none."""
+        """The configured clip of a predicted image: dynamic thresholding, a range, or none.
+
+        x_0_hat and the result: (B, C, H, W).
+        """
         if self.config.thresholding:
             return self._threshold_sample(x_0_hat)
         if self.config.clip_sample:
@@ -264,9 +282,8 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         match variance_type.removesuffix("_log"):
             case "fixed_small":
                 return small
-            case (
-                "fixed_large"
-            ):  # Ho et al.'s code: the chain's very first timestep takes beta-tilde's floor
+            case "fixed_large":
+                # As in Ho et al.'s code, timestep 0 takes beta-tilde's floor.
                 return torch.where(torch.as_tensor(t, device="cpu") == 0, small, large)
             case "learned":  # diffusers' word: the channels are the variance itself
                 return model_variance.float().clamp(min=1e-20).log()
@@ -283,6 +300,9 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             output: The network's answer, (B, C, H, W), or (B, 2C, H, W) with a learned variance.
             x_t: Noised images, (B, C, H, W).
             t, s: Timesteps, one or (B,), s < t.
+
+        Raises:
+            ValueError: channels that do not fit `variance_type`, or timesteps that do not fit.
         """
         output, model_variance = self.split_output(output, x_t.shape[1])
         x_0_hat = self.clip_x_0(self.to_x_0(output, x_t, t))
