@@ -13,10 +13,37 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).parent.parent
 
+# The processes that the golden numbers are of, by file.
+PROCESSES = {
+    "ddpm_linear_T1000": dict(num_train_timesteps=1000),
+    "ddpm_cosine_T4000": dict(num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2"),
+}
+T_ALL = torch.tensor([0, 1, 10, 100, 500, 900, 998, 999])
+
+# diffusers' schedulers that can be swapped in.
+SWAPS = (
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "PNDMScheduler",
+)
+
 # Threads that spin for each other on a busy machine slow tests down tenfold; results do not depend
 # on them.
 torch.set_num_threads(1)
 disable_progress_bars()
+
+
+def images(*shape: int) -> torch.Tensor:
+    """Uniform in [-1, 1], always the same."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def noise(*shape: int) -> torch.Tensor:
+    """Standard normal, always the same."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="session")

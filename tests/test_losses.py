@@ -17,34 +17,23 @@ from ddpm_hf.losses import (
 )
 from ddpm_hf.scheduler import DDPMScheduler
 
+from .conftest import PROCESSES, T_ALL, images, noise
+
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-GOLDEN = {
-    "ddpm_linear_T1000": dict(num_train_timesteps=1000),
-    "ddpm_cosine_T4000": dict(num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2"),
-}
-T_ALL = torch.tensor([0, 1, 10, 100, 500, 900, 998, 999])
-
-
-def images(*shape: int) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 # L_simple
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
-@pytest.mark.parametrize("file", GOLDEN)
+@pytest.mark.parametrize("file", PROCESSES)
 def test_simple_loss_matches_golden(shared, file, variance_type):
     golden = np.load(shared / "golden" / f"{file}.npz")
     x_0, eps, t, eps_hat, v = (
         torch.from_numpy(golden[key]) for key in ("x_start", "noise", "t", "model_eps", "model_v")
     )
     output = torch.cat([eps_hat, v], 1) if variance_type == "learned_range" else eps_hat
-    scheduler = DDPMScheduler(variance_type=variance_type, **GOLDEN[file])
+    scheduler = DDPMScheduler(variance_type=variance_type, **PROCESSES[file])
     loss = simple_loss(lambda x_t, t: UNet2DOutput(sample=output), scheduler, x_0, eps, t)
     expected = golden["loss/simple"]
     # float32 arithmetic over 48 pixels; the bound of golden/README.md.

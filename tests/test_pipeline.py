@@ -12,14 +12,7 @@ from PIL import Image
 from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler
 from ddpm_hf.pipeline import image_grid, save_image_grid
 
-SWAPS = [
-    "DDIMScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "PNDMScheduler",
-]
+from .conftest import SWAPS
 
 
 def seeded(seed=0):

@@ -19,21 +19,9 @@ from ddpm_hf import DDPMScheduler, build_scheduler
 from ddpm_hf.functional import Gaussian
 from ddpm_hf.scheduler import PREDICTION_TYPES, TIMESTEP_SPACINGS, VARIANCE_TYPES
 
+from .conftest import PROCESSES, SWAPS, T_ALL, images, noise
+
 StockScheduler = diffusers.DDPMScheduler
-
-PROCESSES = {
-    "ddpm_linear_T1000": dict(num_train_timesteps=1000),
-    "ddpm_cosine_T4000": dict(num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2"),
-}
-T_ALL = torch.tensor([0, 1, 10, 100, 500, 900, 998, 999])
-
-
-def images(*shape: int) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 # Golden numbers
@@ -989,15 +977,7 @@ def test_extras_of_a_newer_format_are_refused(tmp_path):
 
 # The configuration on disk and through other schedulers
 
-OTHERS = (
-    "DDPMScheduler",
-    "DDIMScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "PNDMScheduler",
-)
+OTHERS = ("DDPMScheduler", *SWAPS)
 
 
 @pytest.fixture

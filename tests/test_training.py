@@ -292,7 +292,7 @@ def test_the_learning_rate_covers_its_schedule_under_accumulation(quick_settings
     layer = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     loader = torch.utils.data.DataLoader(torch.ones(12, 1))
-    stock = get_scheduler("linear", optimizer, num_training_steps=len(loader))
+    stock = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=len(loader))
     layer, optimizer, stock = accelerator.prepare(layer, optimizer, stock)
     for batch in loader:
         with accelerator.accumulate(layer):

@@ -316,7 +316,7 @@ class TrainingConfig:
         Raises:
             InputError: an unknown recipe or setting, or a value of the wrong type.
         """
-        return parse_config(["--recipe", recipe, *as_words(settings, "from_recipe")])
+        return parse_config(["--recipe", str(recipe), *as_words(settings, "from_recipe")])
 
 
 def field_names() -> list[str]:

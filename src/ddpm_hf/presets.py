@@ -84,7 +84,7 @@ PRESETS: dict[str, Preset] = {
         source="Ho et al. 2020's blocks, sized by the resolution (`auto_levels`)",
         parameters=None,
         blocks=HO_BLOCKS,
-        initialisation="zero",
+        initialisation="zero",  # under Muon better than Ho et al.'s: docs/log.md
         settings={},
     ),
     "cifar10": Preset(
