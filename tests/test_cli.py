@@ -1,6 +1,7 @@
 """Every verb, really run; exit codes; one line for every error."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler
-from ddpm_hf.cli import main
+from ddpm_hf.cli import main, share_cores
 from ddpm_hf.errors import InputError
 from ddpm_hf.sampling import SCHEDULERS, load_pipeline, sample_to
 
@@ -151,3 +152,21 @@ def test_existing_outputs_are_not_overwritten(folder, tmp_path, output):
     with pytest.raises(InputError, match="exists already: name another file or an empty folder"):
         sample_to(path, load_pipeline(str(folder)), 1, num_inference_steps=2)
     assert (path if path.suffix else path / "a.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "passive"}, None),
+    ],
+)
+def test_waiting_threads_spin_briefly_unless_the_user_says_otherwise(monkeypatch, given, expected):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    share_cores()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)

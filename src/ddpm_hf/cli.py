@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 input that its user can mend, said in one line.
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 
@@ -75,8 +76,19 @@ class _Parser(argparse.ArgumentParser):
 VERBS = {"train": train_command, "sample": sample_command}
 
 
+def share_cores() -> None:
+    """Let threads that wait for each other sleep sooner; before torch is loaded, which reads it.
+
+    By default they spin for milliseconds, and one other busy process on the machine makes training
+    on a CPU ten times slower (docs/log.md).
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
 def run(command, argv: list[str], name: str) -> int:
     """Run a command; input that its user can mend becomes one line and exit code 2."""
+    share_cores()
     try:
         command(argv)
     except InputError as error:
