@@ -169,4 +169,3 @@ def test_waiting_threads_spin_briefly_unless_the_user_says_otherwise(monkeypatch
         monkeypatch.setenv(name, value)
     share_cores()
     assert os.environ.get("GOMP_SPINCOUNT") == expected
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
