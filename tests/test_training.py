@@ -468,13 +468,23 @@ def test_two_processes_draw_the_same_as_one_and_end_with_the_same_weights(quick_
     two = settings | dict(output_dir=str(tmp_path / "two"))
     script = tmp_path / "job.py"
     script.write_text(
-        f"from ddpm_hf import TrainingConfig, train\ntrain(TrainingConfig(**{two!r}))\n"
+        "import gc, torch\n"
+        "from torch.nn.parallel import DistributedDataParallel as Wrapper\n"
+        "from ddpm_hf import TrainingConfig, train\n"
+        "destroy = torch.distributed.destroy_process_group\n"
+        "def checked(*arguments):\n"
+        "    assert not [x for x in gc.get_objects() if isinstance(x, Wrapper)], 'may hang'\n"
+        "    destroy(*arguments)\n"
+        "torch.distributed.destroy_process_group = checked\n"
+        f"train(TrainingConfig(**{two!r}))\n"
+        "print('process group', torch.distributed.is_initialized())\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
                "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script)]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "processes: 2, on cpu" in result.stdout
+    assert result.stdout.count("process group False") == 2
     a, b = weights(one), weights(tmp_path / "two")
     # Adam divides by the gradient's size, so rounding of 1e-7 in a small gradient shows as 1e-5
     assert all(torch.allclose(a[k], b[k], atol=2e-5) for k in a)

@@ -420,6 +420,10 @@ class Run:
                     global_batch_size=self.global_batch_size,
                 )
         self.accelerator.wait_for_everyone()
+        # DDP's wrapper goes before its process group. The other way round the wrapper drops the
+        # last reference to it under Python's lock, and may wait for gloo's threads for ever.
+        self.unet = self.accelerator.unwrap_model(self.unet)
+        self.accelerator.free_memory()
         self.accelerator.end_training()
         self.accelerator.print(
             f"Pipeline:   {result.output_dir}\n"

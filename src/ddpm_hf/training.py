@@ -31,28 +31,28 @@ def train(
     loss_fn = loss_fn or objective(config)
     run = Run.build(config)
     first_step = run.open_folder()
-    accelerator, unet, scheduler = run.accelerator, run.unet, run.scheduler
+    accelerator = run.accelerator
     losses, started = LossWindow(accelerator), time.perf_counter()
 
     with run.progress_bar(first_step) as bar:
         for step in range(first_step, run.total_steps):
-            unet.train()
+            run.unet.train()
             for micro in range(config.gradient_accumulation_steps):
-                with accelerator.accumulate(unet):
+                with accelerator.accumulate(run.unet):
                     # Algorithm 1, lines 2-4: an image, a timestep, noise
                     x_0, eps, t = run.draw(step, micro)
-                    loss = loss_fn(unet, scheduler, x_0, eps, t).mean()
+                    loss = loss_fn(run.unet, run.scheduler, x_0, eps, t).mean()
                     losses.add(loss)
                     # line 5: a gradient step
                     accelerator.backward(loss)
                     if accelerator.sync_gradients and config.max_grad_norm:
-                        accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+                        accelerator.clip_grad_norm_(run.unet.parameters(), config.max_grad_norm)
                     run.optimizer.step()
                     run.optimizer.zero_grad()
             if not accelerator.optimizer_step_was_skipped:  # as fp16 does after an overflow
                 run.lr_scheduler.step()
                 if run.ema:
-                    run.ema.step(unet.parameters())
+                    run.ema.step(run.unet.parameters())
 
             done = step + 1
             bar.update()
