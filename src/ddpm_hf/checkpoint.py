@@ -29,15 +29,22 @@ NAME = re.compile(r"checkpoint-(\d+)")
 
 IDENTITY = (
     "preset",
+    "model_config_name_or_path",
     "resolution",
     "image_mode",
     "background",
     "center_crop",
     "random_flip",
+    "streaming",
+    "held_out",
+    "class_conditional",
+    "class_dropout_prob",
     "dropout",
     "ddpm_num_steps",
     "ddpm_beta_schedule",
     "prediction_type",
+    "learned_variance",
+    "loss",
     "snr_gamma",
     "timestep_sampler",
     "optimizer",
@@ -50,6 +57,7 @@ IDENTITY = (
     "adam_epsilon",
     "max_grad_norm",
     "use_ema",
+    "ema_profiles",
     "seed",
     "global_batch_size",
     "data_fingerprint",
@@ -299,7 +307,10 @@ def clear_run(directory: Path) -> None:
     settings = read_settings(directory)
     if settings is None:
         return
-    folders = ["unet", "scheduler", "samples", settings["logging_dir"]]
+    folders = ["unet", "scheduler", "samples", "ema"]
+    logs = Path(settings["logging_dir"])
+    if logs.parts and not logs.is_absolute() and ".." not in logs.parts:  # inside the run's folder
+        folders.append(logs)
     folders += [path.name for path in directory.glob("*checkpoint-*") if path.is_dir()]
     for name in folders:
         shutil.rmtree(directory / name, ignore_errors=True)

@@ -17,6 +17,9 @@ def train_command(argv: list[str], prog: str = "ddpm-hf train") -> None:
     from .config import parse_command
 
     config, command = parse_command(argv, prog)
+    if int(os.environ.get("RANK", 0)) == 0:
+        for line in command.explain(config):
+            print(line, file=sys.stderr)
     if command.dry_run:
         print(json.dumps(asdict(config), indent=2))
         return

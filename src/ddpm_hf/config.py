@@ -54,6 +54,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "eval_batch_size": _COUNT,
     "ddpm_num_inference_steps": _COUNT,
     "logging_steps": _COUNT,
+    "global_batch_size": _COUNT,
+    "class_dropout_prob": _FRACTION,
+    "held_out": (0, 0.5),
+    "held_out_steps": _COUNT,
+    "ema_update_every": _COUNT,
+    "ema_snapshot_steps": _COUNT,
+    "save_images_steps": _COUNT,
 }
 """Smallest and largest value of every number."""
 
@@ -82,6 +89,10 @@ class TrainingConfig:
     preset: str = arg(
         "auto", "Network and process: a row of ddpm_hf.PRESETS. `auto` is sized by --resolution."
     )
+    model_config_name_or_path: str | None = arg(
+        None,
+        "Configuration of a UNet2DModel, a Hub id or a folder, in place of the preset's network.",
+    )
 
     # Images
     dataset_name: str | None = arg(
@@ -91,7 +102,9 @@ class TrainingConfig:
         "Fashion-MNIST images in this package.",
     )
     dataset_config_name: str | None = arg(None, "Configuration of the data set, if it has several.")
-    train_data_dir: str | None = arg(None, "A folder of images, searched with its sub-folders.")
+    train_data_dir: str | None = arg(
+        None, "A folder of images, searched with its sub-folders; ignored beside --dataset_name."
+    )
     split: str = arg(
         "train", "Split of the data set, for example `train`, `train+test` or `train[:1000]`."
     )
@@ -119,6 +132,33 @@ class TrainingConfig:
     dataloader_num_workers: int = arg(
         0, "Processes that decode the images, once, before training; 0: this one."
     )
+    data_on_device: Literal["auto", "yes", "no"] = arg(
+        "auto",
+        "Keep all images in the device's memory; auto: on a GPU, where they take at most a fifth "
+        "of what is free.",
+    )
+    streaming: bool = arg(
+        False,
+        "Read the images as they are needed instead of decoding all of them first: for sets larger "
+        "than the disk. Needs --max_train_steps.",
+    )
+    held_out: float = arg(
+        0.0,
+        "Measure the loss on images not trained on: the set's test or validation split, or else "
+        "this fraction of it; 0 is off.",
+    )
+    held_out_steps: int = arg(500, "Measure the held-out loss every so many optimiser steps.")
+
+    # Classes
+    class_conditional: bool = arg(False, "Train on the classes of the images too.")
+    label_column: str | None = arg(
+        None, "Column with the classes; found by its type when not given."
+    )
+    class_dropout_prob: float = arg(
+        0.1,
+        "How often a class is hidden in training, which classifier-free guidance needs (Ho & "
+        "Salimans 2022).",
+    )
 
     # Process and objective. v-prediction with the cosine schedule stays stable under every sampler
     # and few steps.
@@ -131,34 +171,45 @@ class TrainingConfig:
         DEFAULT_PROCESS["prediction_type"],
         "What the network predicts: the noise, the clean image, or v.",
     )
-    variance_type: Literal["fixed_small", "fixed_large"] = arg(
+    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = arg(
         DEFAULT_PROCESS["variance_type"],
-        "Variance of the reverse steps when sampling; fixed_large (Ho et al.) is for 1000 steps "
-        "only.",
+        "Variance of the reverse steps; fixed_large (Ho et al.) is for 1000 steps only, "
+        "learned_range (Nichol & Dhariwal 2021) doubles the output channels.",
+    )
+    loss: Literal["simple", "hybrid", "vlb"] = arg(
+        "simple",
+        "simple: the error of the prediction; vlb: the variational bound; hybrid: both, the bound "
+        "for the learned variance only.",
     )
     snr_gamma: float = arg(
         5.0,
-        "Weight the loss by min(SNR, gamma), Hang et al. 2023; 0 is the plain L_simple. Better at "
-        "equal time.",
+        "Weight the error by min(SNR, gamma), Hang et al. 2023; 0 is the plain L_simple. Better at "
+        "equal time. Without effect on --loss vlb.",
     )
-    timestep_sampler: Literal["stratified", "uniform"] = arg(
+    timestep_sampler: Literal["stratified", "uniform", "loss_second_moment"] = arg(
         "stratified",
-        "Timesteps of a batch: one in each equal share of [0, T), or independent. Stratified gives "
-        "a steadier loss.",
+        "Timesteps of a batch: one in each equal share of [0, T); independent; or more where the "
+        "loss is large (Nichol & Dhariwal 2021, for --loss vlb). Stratified gives a steadier loss.",
     )
     dropout: float = arg(0.0, "Dropout in the residual blocks; the paper uses 0.1 on CIFAR-10.")
 
     # Optimisation
     train_batch_size: int = arg(32, "Images per device and micro-step.")
     gradient_accumulation_steps: int = arg(1, "Micro-steps per optimiser step.")
+    global_batch_size: int | None = arg(
+        None,
+        "Images per optimiser step over all devices; the accumulation follows from it and "
+        "--train_batch_size, then an upper limit.",
+    )
     num_epochs: int = arg(
         100, "Passes over the images; without effect when --max_train_steps is given."
     )
     max_train_steps: int | None = arg(None, "Optimiser steps; overrides --num_epochs.")
-    optimizer: Literal["adamw", "muon"] = arg(
-        "muon", "adamw, or muon: orthogonalised momentum on the convolutions, AdamW on the rest."
+    optimizer: Literal["adam", "adamw", "muon"] = arg(
+        "muon",
+        "adam, adamw, or muon: orthogonalised momentum on the convolutions, AdamW on the rest.",
     )
-    learning_rate: float = arg(1e-3, "Learning rate of AdamW.")
+    learning_rate: float = arg(1e-3, "Learning rate of Adam and AdamW.")
     muon_learning_rate: float = arg(
         0.02, "Learning rate of the convolutions under --optimizer muon."
     )
@@ -171,7 +222,7 @@ class TrainingConfig:
     lr_warmup_steps: int = arg(100, "Optimiser steps of linear warm-up.")
     adam_beta1: float = arg(0.9, "AdamW's beta1, as in the paper.")
     adam_beta2: float = arg(0.999, "AdamW's beta2.")
-    adam_weight_decay: float = arg(0.0, "AdamW's weight decay; 0 is Adam, as in the paper.")
+    adam_weight_decay: float = arg(0.0, "Weight decay; AdamW with 0 is Adam, as in the paper.")
     adam_epsilon: float = arg(1e-8, "AdamW's epsilon.")
     max_grad_norm: float = arg(1.0, "Clip the gradient of all parameters to this norm; 0 is off.")
     use_ema: bool = arg(
@@ -184,10 +235,28 @@ class TrainingConfig:
     ema_min_decay: float = arg(
         0.0, "Smallest EMA decay; equal to --ema_max_decay it is constant from step 1 (Ho)."
     )
+    ema_update_every: int = arg(
+        1, "Update the averages every so many steps, by as many steps' decay at once."
+    )
+    ema_profiles: str = arg(
+        "",
+        "Relative lengths of further averages, like `0.05,0.10`, stored as snapshots from which "
+        "`ddpm-hf ema` makes any length after training (Karras et al. 2024).",
+    )
+    ema_snapshot_steps: int = arg(500, "Store a snapshot of --ema_profiles every so many steps.")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = arg(
         "auto",
-        "Precision of the network; auto: bf16 on a GPU that has it, else no. All other maths is "
-        "float32.",
+        "Precision of the network; auto: what a short probe finds fastest, bf16 or no. All other "
+        "maths is float32.",
+    )
+    memory_format: Literal["auto", "contiguous", "channels_last"] = arg(
+        "auto", "Layout of the images in memory; auto: what the probe finds fastest."
+    )
+    compile: Literal["auto", "yes", "no"] = arg(
+        "auto", "torch.compile the network; auto: in long runs, where the probe finds it faster."
+    )
+    gradient_checkpointing: bool = arg(
+        False, "Recompute activations in the backward pass: less memory, slower steps."
     )
     seed: int = arg(0, "Seed of the weights, data order, crops, flips, timesteps and noise.")
     cpu_threads: str = arg(
@@ -207,6 +276,9 @@ class TrainingConfig:
     save_images_epochs: int = arg(
         10, "Save a grid of samples every so many epochs, and at the end; 0: at the end."
     )
+    save_images_steps: int | None = arg(
+        None, "Save a grid of samples every so many optimiser steps; overrides the epochs."
+    )
     save_model_epochs: int = arg(
         10, "Save the pipeline every so many epochs, and at the end; 0: at the end."
     )
@@ -214,10 +286,13 @@ class TrainingConfig:
     ddpm_num_inference_steps: int | None = arg(
         None, "Denoising steps of the sampled grids; 100 when not given."
     )
-    logger: Literal["tensorboard", "wandb", "none"] = arg(
+    logger: Literal["tensorboard", "wandb", "trackio", "none"] = arg(
         "tensorboard", "Where the curves are logged."
     )
-    logging_dir: str = arg("logs", "Folder of the logs, inside --output_dir.")
+    logging_dir: str = arg("logs", "Folder of the logs, relative to --output_dir.")
+    push_to_hub: bool = arg(False, "Not yet: pushing to the Hub comes with the next release.")
+    hub_model_id: str | None = arg(None, "Name of the repository on the Hub, for --push_to_hub.")
+    hub_private_repo: bool = arg(False, "Make that repository a private one.")
     logging_steps: int = arg(10, "Log the loss every so many optimiser steps, as their mean.")
 
     def __post_init__(self) -> None:
@@ -259,11 +334,24 @@ class TrainingConfig:
 
     def _check_combinations(self) -> None:
         """Raise InputError for settings that exclude each other, or are no words of ours."""
-        if self.dataset_name and self.train_data_dir:
+        if self.push_to_hub:
             raise InputError(
-                f"name one image set: got dataset_name={self.dataset_name!r} and train_data_dir="
-                f"{self.train_data_dir!r}"
+                "push_to_hub comes with the next release: train without it, then push the folder "
+                "with `hf upload ORG/NAME FOLDER`"
             )
+        learned = self.variance_type == "learned_range"
+        if learned and self.loss == "simple":
+            raise InputError(
+                "variance_type learned_range is not trained by the simple loss: add --loss hybrid"
+            )
+        if self.loss == "hybrid" and not learned:
+            raise InputError(
+                "loss hybrid adds the bound for a learned variance only: add --variance_type "
+                "learned_range, or choose --loss vlb or simple"
+            )
+        if self.streaming and self.max_train_steps is None:
+            raise InputError("streaming does not know how long an epoch is: set --max_train_steps")
+        self.ema_lengths  # noqa: B018  raises for what is no list of lengths
         threads = self.cpu_threads
         if threads != "auto" and not (threads.isdigit() and int(threads) > 0):
             raise InputError(f"cpu_threads must be auto or a number of threads; got {threads!r}")
@@ -272,13 +360,6 @@ class TrainingConfig:
                 f"ema_min_decay must not exceed ema_max_decay; got {self.ema_min_decay} and "
                 f"{self.ema_max_decay}"
             )
-        inside = Path(self.logging_dir)
-        if inside.is_absolute() or ".." in inside.parts or not inside.parts:
-            raise InputError(
-                f"logging_dir must be a folder inside output_dir, like logs; got {str(inside)!r}"
-            )
-        if self.overwrite_output_dir and self.resume_from_checkpoint:
-            raise InputError("overwrite_output_dir and resume_from_checkpoint exclude each other")
 
     def _check_ranges(self) -> None:
         """Raise InputError for the first number out of range."""
@@ -303,6 +384,21 @@ class TrainingConfig:
                 f"{self.resolution!r}"
             )
         return int(sides[0]), int(sides[-1])
+
+    @property
+    def ema_lengths(self) -> list[float]:
+        """Relative lengths (sigma_rel) of --ema_profiles."""
+        try:
+            lengths = [float(word) for word in self.ema_profiles.split(",") if word.strip()]
+        except ValueError:
+            lengths = [INFINITY]
+        # Karras et al. 2024, eq. (126): a power profile has a relative length below 12 ** -0.5.
+        if not all(0 < length < 12**-0.5 for length in lengths):
+            raise InputError(
+                "ema_profiles must be relative lengths between 0 and 0.288, like 0.05,0.10; got "
+                f"{self.ema_profiles!r}"
+            )
+        return lengths
 
     @property
     def run_dir(self) -> Path:
@@ -381,9 +477,32 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 @dataclass
 class CommandLine:
-    """Flags that are no settings of a run."""
+    """Flags that are no settings of a run: what one call does, and words of diffusers' script."""
 
     dry_run: bool = arg(False, "Print the resolved configuration and stop.")
+    hub_token: str | None = arg(None, "Not used and never stored: log in with `hf auth login`.")
+    local_rank: int = arg(-1, "Without effect: launchers tell each process its rank.")
+    enable_xformers_memory_efficient_attention: bool = arg(
+        False, "Without effect: PyTorch's own attention is memory-efficient."
+    )
+    preserve_input_precision: bool = arg(
+        False, "Without effect: grey images of 16 or 32 bits always keep their precision."
+    )
+
+    def explain(self, config: TrainingConfig) -> list[str]:
+        """A line for each flag given that has another effect than in diffusers' script."""
+        lines = [
+            f"--{f.name}: {f.metadata['help']}"
+            for f in fields(self)
+            if f.name != "dry_run" and getattr(self, f.name) != f.default
+        ]
+        if config.hub_model_id or config.hub_private_repo:
+            lines.append("--hub_model_id, --hub_private_repo: without effect before --push_to_hub")
+        if config.dataset_name and config.train_data_dir:
+            lines.append("--train_data_dir: ignored, since --dataset_name is given")
+        if config.overwrite_output_dir and config.resume_from_checkpoint:
+            lines.append("--overwrite_output_dir: ignored beside --resume_from_checkpoint")
+        return lines
 
 
 def make_parser(prog: str):

@@ -248,7 +248,7 @@ def open_dataset(config: TrainingConfig) -> datasets.Dataset:
     """
     import datasets
 
-    name, folder = config.dataset_name, config.train_data_dir
+    name, folder = config.dataset_name, None if config.dataset_name else config.train_data_dir
     if not (name or folder):
         raise InputError(
             "name the images to train on: --dataset_name (Hub id or path) or --train_data_dir "

@@ -238,15 +238,17 @@ class Run:
         accelerator, config = self.accelerator, self.config
         identity = {
             "global_batch_size": self.global_batch_size,
+            "learned_variance": config.variance_type == "learned_range",
             "data_fingerprint": self.stream.images.fingerprint(),
         }
         settings = asdict(config) | identity
         check_folder(self.directory)
-        if not config.overwrite_output_dir:
+        afresh = config.overwrite_output_dir and not config.resume_from_checkpoint
+        if not afresh:
             for line in compare_runs(self.directory, settings):
                 accelerator.print(line)
         accelerator.wait_for_everyone()
-        if config.overwrite_output_dir and accelerator.is_main_process:
+        if afresh and accelerator.is_main_process:
             clear_run(self.directory)
         accelerator.wait_for_everyone()
         checkpoint = self._find_checkpoint()
