@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -33,16 +35,53 @@ def test_a_failed_save_leaves_the_earlier_checkpoint_and_nothing_partial(tmp_pat
     with pytest.raises(TypeError):  # no JSON: fails after the tensors are written
         write(tmp_path, 2, {"x": object()})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    latest, passed_over = ck.load_latest(tmp_path)
-    assert (latest.step, passed_over) == (1, [])
+    assert ck.find_latest(tmp_path) == (tmp_path / "checkpoint-1", [])
 
 
 def test_what_a_kill_inside_a_save_leaves_is_not_taken_for_a_checkpoint(tmp_path):
     write(tmp_path, 1)
     write(tmp_path, 2).rename(tmp_path / ".checkpoint-2.partial")
-    assert ck.load_latest(tmp_path)[0].step == 1
+    assert ck.find_latest(tmp_path)[0].name == "checkpoint-1"
     write(tmp_path, 2)
-    assert ck.load_latest(tmp_path)[0].step == 2
+    assert ck.find_latest(tmp_path)[0].name == "checkpoint-2"
+
+
+def test_a_checkpoint_written_again_replaces_the_old_one(tmp_path):
+    write(tmp_path, 1, {"x": 1})
+    assert ck.load_checkpoint(write(tmp_path, 1, {"x": 2})).state["x"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_leftovers_of_a_kill_are_cleared_and_nothing_else(tmp_path):
+    write(tmp_path, 1)
+    for name in (".checkpoint-2.partial", ".checkpoint-1.replaced", "other", ".mine"):
+        (tmp_path / name).mkdir()
+    ck.clear_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "other", ".mine"}
+
+
+def test_a_newer_format_is_refused_and_not_taken_for_damage(tmp_path):
+    write(tmp_path, 1)
+    manifest = write(tmp_path, 2) / ck.MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
+    with pytest.raises(InputError, match=r"newer ddpm_hf \(format 2, .* up to 1\): pip install"):
+        ck.find_latest(tmp_path)
+
+
+def test_a_full_disk_is_an_oserror_also_where_safetensors_meets_it(tmp_path):
+    """A limit on the size of files stands for the disk: writes fail in the same way."""
+    script = (
+        "import resource, sys, torch, ddpm_hf.checkpoint as ck\n"
+        "from pathlib import Path\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "try: ck.save_checkpoint(Path(sys.argv[1]), 2, {'unet': {'x': torch.zeros(100_000)}}, {})\n"
+        "except OSError as error: print(error)"
+    )
+    write(tmp_path, 1)
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert "cannot write" in result.stdout, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 @pytest.mark.parametrize(
@@ -57,12 +96,12 @@ def test_what_a_kill_inside_a_save_leaves_is_not_taken_for_a_checkpoint(tmp_path
 def test_damage_is_named_and_the_one_before_is_used(tmp_path, harm, message):
     write(tmp_path, 1)
     harm(write(tmp_path, 2))
-    latest, passed_over = ck.load_latest(tmp_path)
-    assert latest.step == 1
+    latest, passed_over = ck.find_latest(tmp_path)
+    assert latest.name == "checkpoint-1"
     assert len(passed_over) == 1
     assert message in passed_over[0]
     with pytest.raises(InputError, match=message):
-        ck.load_checkpoint(tmp_path / "checkpoint-2")
+        ck.verify(tmp_path / "checkpoint-2")
 
 
 def test_order_is_by_number_and_strangers_are_ignored(tmp_path):
@@ -75,7 +114,7 @@ def test_order_is_by_number_and_strangers_are_ignored(tmp_path):
         "checkpoint-9",
         "checkpoint-10",
     ]
-    assert ck.load_latest(tmp_path / "nowhere") == (None, [])
+    assert ck.find_latest(tmp_path / "nowhere") == (None, [])
 
 
 @pytest.mark.parametrize(
@@ -166,7 +205,7 @@ def test_harmless_changes_are_listed_and_identity_is_refused(tmp_path):
 def test_identity_names_existing_settings():
     from ddpm_hf.config import field_names
 
-    assert set(ck.IDENTITY) - set(field_names()) == {"global_batch_size", "data_fingerprint"}
+    assert set(ck.IDENTITY) - set(field_names()) == {"learned_variance", "data_fingerprint"}
 
 
 @pytest.mark.parametrize(
@@ -192,7 +231,7 @@ def test_when_no_checkpoint_is_whole_nothing_is_started_over(tmp_path):
     for step in (1, 2):
         (write(tmp_path, step) / "unet.safetensors").write_bytes(b"x")
     with pytest.raises(InputError, match="no checkpoint in .* is whole: .*checkpoint-2.*-1 is dam"):
-        ck.load_latest(tmp_path)
+        ck.find_latest(tmp_path)
 
 
 def test_checkpoints_beyond_a_step_are_set_aside(tmp_path):

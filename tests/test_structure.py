@@ -27,6 +27,8 @@ ORDER = [
     "sampling",
     "hub",
     "devices",
+    "stopping",
+    "logbook",
     "run",
     "training",
     "cli",

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from ddpm_hf import DDPMPipeline, TrainingConfig, train
 from ddpm_hf.checkpoint import list_checkpoints
 from ddpm_hf.data import ImageStream, load_images
-from ddpm_hf.devices import available_cores
+from ddpm_hf.devices import BatchPlan, available_cores
 from ddpm_hf.errors import InputError
 from ddpm_hf.losses import simple_loss
 from ddpm_hf.optimization import build_ema, build_optimizer
@@ -303,6 +304,13 @@ def test_the_learning_rate_covers_its_schedule_under_accumulation(quick_settings
     assert stock.get_last_lr() == pytest.approx([2 / 3])
 
 
+def process(config, stream, plan, rank, processes):
+    """What Run.draw needs of one of several processes."""
+    place = SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu"))
+    rest = {f.name: None for f in fields(Run)}
+    return Run(**rest | dict(config=config, accelerator=place, stream=stream, plan=plan))
+
+
 def test_processes_draw_different_noise_from_one_seed(quick_settings):
     """Pitfall 4.12: `set_seed(seed)` on every process, the house way, gives all the same noise."""
     draws = []
@@ -315,8 +323,7 @@ def test_processes_draw_different_noise_from_one_seed(quick_settings):
     stream = ImageStream(load_images(config), 0, 8, False)
     ours = []
     for rank in range(2):
-        place = SimpleNamespace(num_processes=2, process_index=rank, device=torch.device("cpu"))
-        ours.append(Run(config, place, stream, *[None] * 6).draw(0, 0))
+        ours.append(process(config, stream, BatchPlan(8, 4, 1), rank, 2).draw(0, 0))
     (_, eps_0, t_0), (_, eps_1, t_1) = ours
     assert not torch.equal(eps_0, eps_1)
     assert not torch.equal(t_0, t_1)
@@ -503,13 +510,10 @@ def test_any_split_over_processes_draws_the_same_noise_and_timesteps(quick_setti
         drawn = []
         for micro in range(accumulation):
             for rank in range(processes):
-                place = SimpleNamespace(
-                    num_processes=processes, process_index=rank, device=torch.device("cpu")
-                )
-                settings = TrainingConfig(**quick_settings | dict(train_batch_size=batch))
-                run = Run(settings, place, stream, *[None] * 6)
+                plan = BatchPlan(8, batch, accumulation)
+                run = process(config, stream, plan, rank, processes)
                 drawn += [digest(*row) for row in zip(*run.draw(3, micro), strict=True)]
         return drawn
 
     assert len(set(rows(1, 8, 1))) == 8
-    assert rows(1, 8, 1) == rows(2, 4, 1) == rows(2, 2, 2)
+    assert rows(1, 8, 1) == rows(2, 4, 1) == rows(2, 2, 2) == rows(4, 2, 1) == rows(1, 2, 4)

@@ -1,9 +1,11 @@
 """The folder of a run, and checkpoints in it: safetensors and JSON, whole or not there at all.
 
-What exact resume means here. Parameters, EMA, optimiser and learning-rate state are in the
+What exact resume means here. Parameters, averages, optimiser and learning-rate state are in the
 checkpoint; everything random is a function of (seed, position), and dropout of (seed, step, rank),
 so the only random state is the step number. A run continued from step k on the same machine and
-process count is bit-equal to one that never stopped.
+process count is bit-equal to one that never stopped, and starts at once: no image is decoded to be
+skipped. On another process count the global batch stays, and with it the images, crops, flips,
+timesteps and noise; parameters then differ by the order of summation, and by dropout's masks.
 
 `checkpoint-<step>` is written under another name, flushed to disk, listed with a checksum per file
 in manifest.json, and then renamed: whoever finds the name finds a whole checkpoint. No pickle is
@@ -15,17 +17,21 @@ import json
 import os
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, optim
 
+from .config import TrainingConfig
 from .errors import InputError
 
 CONFIG, METRICS, MANIFEST = "config.json", "metrics.jsonl", "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
-
+FORMAT = 1
+"""Of a checkpoint; a newer one is refused."""
 
 IDENTITY = (
     "preset",
@@ -85,30 +91,49 @@ def save_checkpoint(
         state: Whatever else resuming needs, as JSON.
 
     Raises:
-        OSError: it could not be written; earlier checkpoints are untouched and no partial one
-            remains.
+        OSError: it could not be written, as on a full disk; earlier checkpoints are untouched and
+            no partial one remains.
     """
     final = run_dir / f"checkpoint-{step}"
-    partial = run_dir / f".{final.name}.partial"
+    partial, replaced = run_dir / f".{final.name}.partial", run_dir / f".{final.name}.replaced"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         for group, named in tensors.items():
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()},
-                partial / f"{group}.safetensors",
-            )
+            write_tensors(partial / f"{group}.safetensors", named)
         (partial / "state.json").write_text(json.dumps(state, indent=2))
         sums = {path.name: checksum(path) for path in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=2))
+        manifest = {"format": FORMAT, "step": step, "sha256": sums}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
         for path in [*partial.iterdir(), partial]:
             flush(path)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            final.rename(replaced)
         partial.rename(final)
         flush(run_dir)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in (partial, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
     return final
+
+
+def write_tensors(path: Path, named: dict[str, Tensor]) -> None:
+    """Write named tensors, on any device, as a safetensors file.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    try:
+        save_file(whole, path)
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(f"cannot write {path}: {' '.join(str(error).split())}") from error
+
+
+def clear_leftovers(run_dir: Path) -> None:
+    """Delete what a process that was killed while it saved has left behind."""
+    for folder in [*run_dir.glob(".checkpoint-*.partial"), *run_dir.glob(".checkpoint-*.replaced")]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -163,15 +188,21 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint after verifying it.
-
-    Raises:
-        InputError: it is damaged.
-    """
+def verify(folder: Path) -> None:
+    """Raise InputError for a checkpoint that is damaged, or written in a newer format."""
     wrong = damage(folder)
     if wrong:
         raise InputError(f"checkpoint {folder} is damaged: {wrong}")
+    written = json.loads((folder / MANIFEST).read_text()).get("format", 1)
+    if written > FORMAT:
+        raise InputError(
+            f"checkpoint {folder} was written by a newer ddpm_hf (format {written}, this one reads "
+            f"up to {FORMAT}): pip install --upgrade ddpm_hf"
+        )
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint that `verify` found whole."""
     # Cloned: safetensors maps the file, which rotation will delete.
     tensors = {
         path.stem: {name: tensor.clone() for name, tensor in load_file(path).items()}
@@ -181,18 +212,20 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(step, tensors, json.loads((folder / "state.json").read_text()))
 
 
-def load_latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+def find_latest(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, or None; and what is wrong with newer ones, passed over.
 
     Raises:
-        InputError: there are checkpoints, and none is whole.
+        InputError: there are checkpoints, and none is whole; or the newest whole one has a newer
+            format.
     """
     passed_over = []
     for folder in reversed(list_checkpoints(run_dir)):
-        try:
-            return load_checkpoint(folder), passed_over
-        except InputError as error:
-            passed_over.append(str(error))
+        wrong = damage(folder)
+        if wrong is None:
+            verify(folder)
+            return folder, passed_over
+        passed_over.append(f"checkpoint {folder} is damaged: {wrong}")
     if passed_over:
         raise InputError(
             f"no checkpoint in {run_dir} is whole: {'; '.join(passed_over)}. Bring one back, or "
@@ -216,6 +249,27 @@ def rotate(run_dir: Path, limit: int | None) -> None:
     if limit is not None:
         for folder in list_checkpoints(run_dir)[:-limit]:
             shutil.rmtree(folder)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP shards, gathered on every process that asks; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_like(saved: Any, parameter: Tensor) -> Any:
+    """The inverse of `whole`: a saved tensor where and as `parameter` is; other values as they are.
+
+    Only a tensor of the parameter's shape is sharded with it.
+    """
+    if not isinstance(saved, Tensor) or saved.shape != parameter.shape:
+        return saved
+    if not hasattr(parameter, "full_tensor"):
+        return saved.to(parameter.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(
+        saved.to(parameter.device), parameter.device_mesh, parameter.placements
+    )
 
 
 def split_optimizer(optimizer: optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -283,6 +337,7 @@ def compare_runs(directory: Path, settings: dict[str, Any]) -> list[str]:
     before = read_settings(directory)
     if before is None:
         return []
+    before = asdict(TrainingConfig()) | before  # a setting that is newer than the run
     different = {
         key: (before.get(key), value) for key, value in settings.items() if before.get(key) != value
     }

@@ -1,6 +1,7 @@
 """`ddpm-hf train | sample`: each verb a few lines over the Python call.
 
-Exit codes: 0 done; 2 input that its user can mend, said in one line.
+Exit codes: 0 done; 1 training failed, and 2 input that its user can mend, said in one line; 75
+stopped by a signal with the state saved.
 """
 
 import argparse
@@ -9,7 +10,7 @@ import os
 import sys
 from dataclasses import asdict
 
-from .errors import InputError, check_choice
+from .errors import EXIT_FAILED, EXIT_INPUT, InputError, TrainingError, check_choice
 
 
 def train_command(argv: list[str], prog: str = "ddpm-hf train") -> None:
@@ -90,13 +91,13 @@ def share_cores() -> None:
 
 
 def run(command, argv: list[str], name: str) -> int:
-    """Run a command; input that its user can mend becomes one line and exit code 2."""
+    """Run a command; an error that has its words becomes one line and an exit code."""
     share_cores()
     try:
         command(argv)
-    except InputError as error:
+    except (InputError, TrainingError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
     return 0
 
 

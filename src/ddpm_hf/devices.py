@@ -1,60 +1,150 @@
-"""Where a run computes: Accelerate set up for what is there, precision, and threads."""
+"""Where a run computes: processes, how they share a batch, precision, and threads."""
+
+from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import ProjectConfiguration
 
 from .config import TrainingConfig
 from .errors import InputError
 
 
-def start_accelerator(config: TrainingConfig) -> Accelerator:
-    """Accelerate; on the CPU where there is no other device, so that torchrun's processes meet.
+def start_processes(config: TrainingConfig) -> PartialState:
+    """Let the processes of this run meet, on the CPU where there is no other device.
 
     Raises:
-        InputError: a logger that is not installed, fp16 on a CPU, or an engine not supported yet.
+        InputError: a logger that is not installed, or an engine or number of processes that was
+            asked for and is not there.
     """
     if config.logger != "none" and importlib.util.find_spec(config.logger) is None:
         raise InputError(
             f'logger {config.logger!r} is not installed: pip install "ddpm_hf[track]", or choose '
             "another with --logger"
         )
-    on_cpu = not torch.accelerator.is_available()
-    precision = choose_precision(config.mixed_precision)
+    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if _is_on(f"ACCELERATE_USE_{name}"):
+            raise InputError(f"{name} is not supported: launch with DDP (--multi_gpu) or FSDP2")
+    AcceleratorState._reset_state(True)  # a notebook may train twice, in different precisions
+    # The others wait for the process that decodes the images.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=2))
+    _check_processes(state.num_processes)
+    if wants_fsdp():
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise InputError("FSDP 1 is not supported: set fsdp_version: 2 in the launcher's file")
+        if state.num_processes == 1:
+            raise InputError("FSDP shards over several processes, and this run has one")
+        if config.optimizer == "muon":
+            raise InputError(
+                "optimizer muon needs whole matrices, and FSDP shards them: use adamw or adam"
+            )
+    if state.device.type == "cpu" or config.cpu_threads != "auto":
+        set_threads(config.cpu_threads)
+    return state
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("true", "1", "yes")
+
+
+def wants_fsdp() -> bool:
+    """Whether the launcher asked for sharding; accelerate ignores that on a CPU without a word."""
+    return _is_on("ACCELERATE_USE_FSDP")
+
+
+def _check_processes(there: int) -> None:
+    """Raise InputError where the launcher was asked for more processes than take part."""
+    asked = int(os.environ.get("WORLD_SIZE", 1))
+    # `accelerate launch --cpu --num_processes 2` sets an address to meet at and starts one process.
+    lonely = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
+    if there == 1 and (asked > 1 or (lonely and "WORLD_SIZE" not in os.environ)):
+        raise InputError(
+            f"the launcher was asked for {asked if asked > 1 else 'several'} processes, and one "
+            "takes part. On a CPU use: torchrun --nproc_per_node 2 train_accelerate.py ..."
+        )
+
+
+class BatchPlan(NamedTuple):
+    """How processes share a global batch: each takes `accumulation` micro-steps of `per_device`."""
+
+    global_batch_size: int
+    per_device: int
+    accumulation: int
+
+
+def plan_batch(
+    config: TrainingConfig, num_processes: int, before: dict[str, Any] | None = None
+) -> BatchPlan:
+    """Keep the global batch of a run on any number of processes.
+
+    Args:
+        config: `global_batch_size` where it is set; else the product of `train_batch_size`,
+            `gradient_accumulation_steps` and the processes.
+        num_processes: Processes that take part.
+        before: The settings that the run was started with. Where these two are as they were, only
+            the processes may have changed, and the run's global batch stays.
+
+    Raises:
+        InputError: the processes cannot share it equally.
+    """
+    asked = (config.train_batch_size, config.gradient_accumulation_steps)
+    total = config.global_batch_size or math.prod(asked) * num_processes
+    if before and not config.global_batch_size:
+        same = (before.get("train_batch_size"), before.get("gradient_accumulation_steps")) == asked
+        total = before["global_batch_size"] if same else total
+    if total % num_processes:
+        raise InputError(
+            f"a global batch of {total} images cannot be shared equally by {num_processes} "
+            f"processes: start a number that divides {total}"
+        )
+    share = total // num_processes
+    fewest = max(1, share // config.train_batch_size)
+    accumulation = next(
+        n for n in range(fewest, share + 1) if share % n == 0 and share <= n * asked[0]
+    )
+    return BatchPlan(total, share // accumulation, accumulation)
+
+
+def start_accelerator(config: TrainingConfig, precision: str, accumulation: int) -> Accelerator:
+    """Accelerate over the processes of `start_processes`.
+
+    Raises:
+        InputError: fp16 on a CPU.
+    """
+    on_cpu = PartialState().device.type == "cpu"
     if precision == "fp16" and on_cpu:
         raise InputError("mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
-    AcceleratorState._reset_state(True)  # a notebook may train twice, in different precisions
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=on_cpu,
         mixed_precision=precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_accumulation_steps=accumulation,
         log_with=None if config.logger == "none" else config.logger,
         project_config=ProjectConfiguration(
             project_dir=str(config.run_dir), logging_dir=str(config.run_dir / config.logging_dir)
         ),
-        # The others wait for the process that decodes the images.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
-    engine = accelerator.distributed_type.value
-    if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise InputError(f"{engine} is not supported yet: launch with DDP (--multi_gpu) instead")
-    if accelerator.device.type == "cpu" or config.cpu_threads != "auto":
-        set_threads(config.cpu_threads)
-    return accelerator
 
 
 def choose_precision(wanted: str) -> str:
-    """no, fp16 or bf16. `auto` is what the launcher says, or bf16 on a GPU that computes in it."""
+    """no, fp16 or bf16. `auto` is what the launcher says, or bf16 on a GPU that computes in it.
+
+    Raises:
+        InputError: the launcher says fp8.
+    """
     if wanted != "auto":
         return wanted
     # `accelerate launch` always exports a precision; its "no" cannot be told from no choice.
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched == "fp8":
+        raise InputError("mixed_precision fp8 is not supported: use bf16")
     if launched in ("fp16", "bf16"):
         return launched
     cuda = torch.cuda.is_available()

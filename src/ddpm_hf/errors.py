@@ -1,11 +1,34 @@
-"""The exception for input that its user can mend, and the check of a word against a list."""
+"""What a user is told when something cannot go on, and the check of a word against a list.
+
+`InputError` is input that its user can mend, `TrainingError` a run that failed on its way, and
+`Stopped` a run that was asked to stop and saved its state. The command line turns each into one
+line and an exit code.
+"""
 
 import difflib
 from collections.abc import Iterable
 
+EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED = 1, 2, 75
+"""Exit codes beside 0. 75 is EX_TEMPFAIL of sysexits.h: the same command again goes on."""
+
 
 class InputError(ValueError):
     """A setting, file or image set that its user can mend: one line, exit code 2."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on, and why: one line, exit code 1. Earlier checkpoints stand."""
+
+
+class Stopped(SystemExit):
+    """A run stopped by a signal, its state saved; a script that does not catch it exits with 75."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(EXIT_STOPPED)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 def did_you_mean(value: object, choices: Iterable[str]) -> str:

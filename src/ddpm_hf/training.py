@@ -5,12 +5,12 @@ step) or of (seed, position of the image in the stream): see data.py and `Run.dr
 also depends on the rank.
 """
 
-import time
 from functools import partial
 
 from .config import TrainingConfig
 from .losses import LossFunction, min_snr_loss, simple_loss
-from .run import LossWindow, Run, TrainingResult
+from .run import Run, TrainingResult
+from .stopping import explained_failures
 
 
 def train(
@@ -20,53 +20,46 @@ def train(
 
     Args:
         config: The settings; without any, the recipe `fashion-quick`.
-        loss_fn: The objective, one loss per image: see losses.py. Without any, `simple_loss`, or
-            `min_snr_loss` where `snr_gamma` is set.
+        loss_fn: The objective, one loss per image: see losses.py. Without any, the one that the
+            settings name.
 
     Raises:
         InputError: settings, images or a folder that do not fit together; nothing has been
             overwritten then.
+        TrainingError: the run cannot go on: no memory, gradients that are not finite, or a process
+            that died. Its checkpoints stand.
+        Stopped: a signal came (SIGTERM, SIGINT, SIGUSR1), or the launcher died; the state is saved.
     """
     config = config or TrainingConfig.from_recipe("fashion-quick")
     loss_fn = loss_fn or objective(config)
     run = Run.build(config)
-    first_step = run.open_folder()
-    accelerator = run.accelerator
-    losses, started = LossWindow(accelerator), time.perf_counter()
-
-    with run.progress_bar(first_step) as bar:
-        for step in range(first_step, run.total_steps):
+    step = run.open_folder()
+    with run.stop, explained_failures(run.plan.per_device, run.plan.accumulation):
+        run.log.start(step)
+        while step < run.total_steps:
             run.unet.train()
-            for micro in range(config.gradient_accumulation_steps):
-                with accelerator.accumulate(run.unet):
+            for micro in range(run.plan.accumulation):
+                with run.accelerator.accumulate(run.unet):
                     # Algorithm 1, lines 2-4: an image, a timestep, noise
                     x_0, eps, t = run.draw(step, micro)
-                    loss = loss_fn(run.unet, run.scheduler, x_0, eps, t).mean()
-                    losses.add(loss)
+                    losses = loss_fn(run.unet, run.scheduler, x_0, eps, t)
+                    run.log.window.add(losses, t)
                     # line 5: a gradient step
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients and config.max_grad_norm:
-                        accelerator.clip_grad_norm_(run.unet.parameters(), config.max_grad_norm)
-                    run.optimizer.step()
-                    run.optimizer.zero_grad()
-            if not accelerator.optimizer_step_was_skipped:  # as fp16 does after an overflow
-                run.lr_scheduler.step()
-                if run.ema:
-                    run.ema.step(run.unet.parameters())
+                    run.accelerator.backward(losses.mean())
+            run.update()
+            step += 1
 
-            done = step + 1
-            bar.update()
-            if done % config.logging_steps == 0 or done == run.total_steps:
-                seconds = time.perf_counter() - started
-                speed = (done - first_step) * run.global_batch_size / seconds
-                run.log(done, losses.mean(), speed, bar)
-            if done % config.checkpointing_steps == 0 or done == run.total_steps:
-                run.save_checkpoint(done)
-            if run.epoch_ended(done, config.save_images_epochs):
-                run.save_samples(run.directory / "samples" / f"step-{done}.png")
-            if run.epoch_ended(done, config.save_model_epochs):
+            if run.log.tick(step):
+                run.log_step(step)
+            if step % run.config.checkpointing_steps == 0 or step == run.total_steps:
+                run.save_checkpoint(step)
+            if run.samples_due(step):
+                run.save_samples(step, run.directory / "samples" / f"step-{step}.png")
+            if run.epoch_ended(step, run.config.save_model_epochs):
                 run.save_pipeline()
-    return run.finish(max(first_step, run.total_steps), losses.last)
+            if reason := run.stop.agreed():
+                raise run.stopped(reason, step)
+        return run.finish(step)
 
 
 def objective(config: TrainingConfig) -> LossFunction:

@@ -1,0 +1,198 @@
+"""What a run says while it trains: the bar, the lines, the curves, metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .checkpoint import METRICS, keep_metrics
+from .config import TrainingConfig
+
+BUCKETS = 10
+"""Equal shares of the timesteps in which the loss is shown."""
+
+LINE_SECONDS = 10.0
+"""At least so long between two lines where there is no terminal to show a bar on."""
+
+
+class LossWindow:
+    """Mean loss since the last look, whole and by timestep; adding never waits for the device."""
+
+    def __init__(self, device: torch.device, num_timesteps: int) -> None:
+        self.num_timesteps = num_timesteps
+        self.sums = torch.zeros(3, BUCKETS, device=device)  # optimised loss, plain loss, count
+
+    def add(self, losses: Tensor, t: Tensor, weight: Tensor | None = None) -> None:
+        """Add the loss of each image, (B,), at timesteps (B,) on the CPU.
+
+        `weight`, (B,), is that of importance sampling: the optimised loss has it, the plain not.
+        """
+        plain = losses.detach().float()
+        optimised = plain if weight is None else plain * weight
+        rows = torch.stack([optimised, plain, torch.ones_like(plain)])
+        bucket = (t * BUCKETS // self.num_timesteps).to(rows.device, non_blocking=True)
+        self.sums.index_add_(1, bucket, rows)
+
+    def read(self, accelerator: Accelerator) -> tuple[float, list[float]]:
+        """(mean optimised loss, plain loss per bucket) over all processes; starts a new window.
+
+        A bucket without an image is NaN.
+        """
+        optimised, plain, count = accelerator.reduce(self.sums, reduction="sum").double().cpu()
+        self.sums = torch.zeros_like(self.sums)
+        return float(optimised.sum() / count.sum()), (plain / count).tolist()
+
+
+class Logbook:
+    """Where a run writes what it measures. Every process has one; one of them writes."""
+
+    def __init__(
+        self, accelerator: Accelerator, config: TrainingConfig, total_steps: int, images: int
+    ) -> None:
+        self.accelerator, self.config = accelerator, config
+        self.total_steps, self.images_per_step = total_steps, images
+        self.window = LossWindow(accelerator.device, config.ddpm_num_steps)
+        self.loss: float | None = None
+        self.bar: tqdm | None = None
+        self._failed = False
+
+    def open(self, step: int, settings: dict[str, Any]) -> None:
+        """Go on at `step`: later lines of metrics are dropped, trackers get the settings."""
+        if self.accelerator.is_main_process:
+            keep_metrics(self.config.run_dir / METRICS, step)
+        if self.config.logger != "none":
+            plain = {k: v for k, v in settings.items() if isinstance(v, (int, float, str))}
+            self.accelerator.init_trackers("ddpm_hf", config=plain)
+
+    def start(self, step: int) -> None:
+        """Training begins, or goes on, at `step`."""
+        # On a terminal a bar; elsewhere lines.
+        hidden = not (self.accelerator.is_local_main_process and sys.stderr.isatty())
+        self.bar = tqdm(
+            total=self.total_steps, initial=step, unit="step", desc="Training", disable=hidden
+        )
+        self.first_step, self.started, self.last_line = step, time.perf_counter(), 0.0
+
+    def close(self) -> None:
+        """Training ended, in whatever way."""
+        if self.bar is not None:
+            self.bar.close()
+
+    @property
+    def images_per_second(self) -> float:
+        """Over this call, all processes together."""
+        steps = self.step - self.first_step
+        return steps * self.images_per_step / (time.perf_counter() - self.started)
+
+    def tick(self, step: int) -> bool:
+        """A step is done; returns whether it is one to log."""
+        self.step = step
+        self.bar.update()
+        return step % self.config.logging_steps == 0 or step == self.total_steps
+
+    def read_losses(self) -> dict[str, float]:
+        """The losses since the last call, over all processes; waits for the device."""
+        self.loss, buckets = self.window.read(self.accelerator)
+        return {"loss": self.loss} | loss_by_bucket("loss_at_t", buckets)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Write values to metrics.jsonl and the trackers. A full disk stops neither."""
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            with open(self.config.run_dir / METRICS, "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            self.accelerator.log(values, step=step)
+        except OSError as error:
+            self.warn_once(f"cannot write the curves: {error}")
+
+    def write_picture(self, step: int, path: Path) -> None:
+        """Show a picture in the trackers that take pictures."""
+        from PIL import Image
+
+        if not self.accelerator.is_main_process:
+            return
+        picture = np.asarray(Image.open(path).convert("RGB"))[None]
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"samples": picture}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({"samples": list(picture)}, step=step)
+
+    def show(self, step: int, line: str) -> None:
+        """Show a line of figures: beside the bar, or where there is none now and then by itself."""
+        if not self.bar.disable:
+            self.bar.set_postfix_str(line)
+            return
+        now = time.perf_counter()
+        if now - self.last_line < LINE_SECONDS and step != self.total_steps:
+            return
+        self.last_line = now
+        left = (self.total_steps - step) * self.images_per_step / self.images_per_second
+        self.accelerator.print(
+            f"Step {step} of {self.total_steps}: {line}, {duration(left)} left", flush=True
+        )
+
+    def say(self, line: str) -> None:
+        """A line for the user, above the bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def warn_once(self, line: str) -> None:
+        """A line for the user, the first time only."""
+        if not self._failed:
+            self._failed = True
+            self.say(f"Warning: {line}")
+
+
+def loss_by_bucket(name: str, buckets: list[float]) -> dict[str, float]:
+    """Named losses of the buckets that have one: {"loss_at_t/0.0-0.1": ...}, in shares of T."""
+    return {
+        f"{name}/{i / BUCKETS:.1f}-{(i + 1) / BUCKETS:.1f}": loss
+        for i, loss in enumerate(buckets)
+        if loss == loss
+    }
+
+
+def duration(seconds: float) -> str:
+    """90 -> 1:30, 3700 -> 1:01:40."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def save_loss_curve(metrics: Path, path: Path) -> float | None:
+    """Plot the logged losses, and their running mean, over the steps; returns the last loss."""
+    from matplotlib.figure import Figure
+
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    rows = [row for row in map(json.loads, lines) if "loss" in row]
+    if not rows:  # deleted by hand
+        return None
+    steps, losses = np.array([[row["step"], row["loss"]] for row in rows]).T
+    width = max(1, len(losses) // 20)
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).add_subplot()
+    axes.plot(steps, losses, color="lightgrey", label="loss")
+    if len(losses) > width:
+        mean = np.convolve(losses, np.ones(width) / width, mode="valid")
+        axes.plot(steps[width - 1 :], mean, label=f"mean of {width} logged values")
+    held_out = [json.loads(line) for line in lines if '"held_out_loss"' in line]
+    for name in ("train_loss", "held_out_loss"):
+        points = [(row["step"], row[name]) for row in held_out]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=".", label=name.replace("_", " "))
+    axes.set(xlabel="optimiser step", ylabel="loss", yscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return float(losses[-1])

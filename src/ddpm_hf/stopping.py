@@ -1,0 +1,144 @@
+"""How a run stops before its end: signals, updates that are no numbers, memory, lost processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+
+from .errors import TrainingError
+
+SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n)]
+"""Signals that end a run after the step it is in; SLURM is usually told to send SIGUSR1."""
+
+LAUNCHER_DIED = 1000
+"""Stands for a launcher that died, among the numbers of signals."""
+
+NONFINITE_LIMIT = 20
+"""So many updates in a row without a finite gradient end a run. fp16 needs up to 16 to find its
+loss scale."""
+
+
+class StopSignals:
+    """Notes signals instead of dying by them, so that a run can finish its step and save.
+
+    Also notes when the launcher (`accelerate launch`, torchrun) died, which tells its processes
+    nothing. A second Ctrl-C is a KeyboardInterrupt at once.
+    """
+
+    def __init__(self) -> None:
+        self.noted = 0
+        launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+        self.launcher = os.getppid() if launched else None
+        distributed = dist.is_available() and dist.is_initialized()
+        # gloo: what is agreed on the CPU never waits for a GPU.
+        self.group = dist.new_group(backend="gloo") if distributed else None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self.group = None
+
+    def _note(self, number: int, frame) -> None:
+        if self.noted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.noted = number
+
+    def agreed(self) -> str | None:
+        """Why to stop, or None: the same answer on every process, which all ask together."""
+        if self.launcher is not None and os.getppid() != self.launcher:
+            self.noted = self.noted or LAUNCHER_DIED
+        noted = self.noted
+        if self.group is not None:
+            shared = torch.tensor(noted)
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.group)
+            noted = int(shared)
+        if not noted:
+            return None
+        return "the launcher died" if noted == LAUNCHER_DIED else signal.Signals(noted).name
+
+
+class UpdateGuard:
+    """Counts the updates that were skipped because their gradient was not finite.
+
+    The counts stay on the device: only `check` waits for it.
+    """
+
+    def __init__(self, device: torch.device, skipped: int = 0) -> None:
+        self.skipped = torch.full((), skipped, device=device)
+        self.in_a_row = torch.zeros((), dtype=torch.long, device=device)
+
+    def note(self, norm: Tensor) -> Tensor:
+        """Count the update with this gradient norm, (); returns whether to skip it, () bool."""
+        bad = ~torch.isfinite(norm)
+        self.skipped += bad
+        self.in_a_row = (self.in_a_row + 1) * bad
+        return bad
+
+    def check(self, step: int, loss: float, precision: str) -> int:
+        """How many updates were skipped so far.
+
+        Raises:
+            TrainingError: NONFINITE_LIMIT or more in a row, the last of them at `step`.
+        """
+        in_a_row = int(self.in_a_row)
+        if in_a_row < NONFINITE_LIMIT:
+            return int(self.skipped)
+        way_out = (
+            "try --mixed_precision bf16 or no"
+            if precision == "fp16"
+            else "lower --learning_rate (and --muon_learning_rate), or clip harder with "
+            "--max_grad_norm"
+        )
+        raise TrainingError(
+            f"the gradients of steps {step - in_a_row + 1} to {step} are not finite (loss "
+            f"{loss:g}, mixed precision {precision}): these updates were skipped, the weights are "
+            f"those of step {step - in_a_row}. From the last checkpoint, {way_out}"
+        )
+
+
+@contextmanager
+def explained_failures(train_batch_size: int, accumulation: int) -> Iterator[None]:
+    """Turn a lack of memory, and the loss of another process, into one line: TrainingError."""
+    try:
+        yield
+    except MemoryError as error:
+        raise TrainingError(out_of_memory(train_batch_size, accumulation)) from error
+    except RuntimeError as error:
+        text = str(error)
+        if should_reduce_batch_size(error) or "can't allocate memory" in text:
+            raise TrainingError(out_of_memory(train_batch_size, accumulation)) from error
+        lost = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+        if isinstance(error, dist.DistError) or any(sign in text for sign in lost):
+            raise TrainingError(
+                "another process of this run died; its own message says why. The same command "
+                f"again goes on from the last checkpoint ({' '.join(text.split())[:200]})"
+            ) from error
+        raise
+
+
+def out_of_memory(train_batch_size: int, accumulation: int) -> str:
+    """What to do about a lack of memory, in the order of what it costs."""
+    halved = (
+        f"--train_batch_size {train_batch_size // 2} --gradient_accumulation_steps "
+        f"{accumulation * 2} (the same training in half the memory), "
+        if train_batch_size % 2 == 0
+        else ""
+    )
+    return (
+        f"out of memory with {train_batch_size} images per device and micro-step. Try {halved}"
+        "--gradient_checkpointing, or --mixed_precision bf16"
+    )
