@@ -7,7 +7,10 @@ from .config import TrainingConfig
 
 
 def build_optimizer(unet: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW, or Muon on the hidden convolutions and AdamW on the rest (Jordan et al. 2024)."""
+    """Adam, AdamW, or Muon on the hidden convolutions and AdamW on the rest (Jordan et al. 2024).
+
+    Adam and AdamW are torch's fused ones where the device has them.
+    """
     betas = (config.adam_beta1, config.adam_beta2)
     adamw = dict(
         lr=config.learning_rate,
@@ -15,8 +18,10 @@ def build_optimizer(unet: torch.nn.Module, config: TrainingConfig) -> torch.opti
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
     )
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(unet.parameters(), **adamw)
+    if config.optimizer != "muon":
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+        device = next(unet.parameters()).device.type
+        return kind(unet.parameters(), **adamw, fused=device in ("cpu", "cuda", "mps"))
     from pytorch_optimizer import Muon
 
     hidden, rest = [], []

@@ -68,7 +68,7 @@ class StopSignals:
             noted = int(shared)
         if not noted:
             return None
-        return "the launcher died" if noted == LAUNCHER_DIED else signal.Signals(noted).name
+        return "its launcher's death" if noted == LAUNCHER_DIED else signal.Signals(noted).name
 
 
 class UpdateGuard:
