@@ -25,13 +25,14 @@ ORDER = [
     "optimization",
     "checkpoint",
     "sampling",
+    "ema",
     "hub",
     "devices",
     "run",
     "training",
     "cli",
 ]
-MATHS = ORDER[: ORDER.index("checkpoint") + 1]
+MATHS = ORDER[: ORDER.index("ema") + 1]
 
 
 def imports(name):

@@ -41,11 +41,12 @@ from .checkpoint import (
 from .config import TrainingConfig
 from .data import ImageSet, ImageStream, load_images, to_network
 from .devices import start_accelerator
+from .ema import build_ema
 from .errors import InputError
 from .functional import mix_seed
 from .hub import write_card
 from .losses import stratified_timesteps, uniform_timesteps
-from .optimization import build_ema, build_optimizer
+from .optimization import build_optimizer
 from .pipeline import DDPMPipeline, save_image_grid, seeded_generators
 from .presets import DEFAULT_PROCESS, build_scheduler, build_unet
 from .scheduler import DDPMScheduler
