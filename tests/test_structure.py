@@ -25,6 +25,7 @@ ORDER = [
     "optimization",
     "checkpoint",
     "sampling",
+    "ema",
     "hub",
     "devices",
     "stopping",
@@ -33,7 +34,7 @@ ORDER = [
     "training",
     "cli",
 ]
-MATHS = ORDER[: ORDER.index("checkpoint") + 1]
+MATHS = ORDER[: ORDER.index("ema") + 1]
 
 
 def imports(name):

@@ -64,6 +64,7 @@ IDENTITY = (
     "max_grad_norm",
     "use_ema",
     "ema_profiles",
+    "ema_update_every",
     "seed",
     "global_batch_size",
     "data_fingerprint",

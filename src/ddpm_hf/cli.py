@@ -1,4 +1,4 @@
-"""`ddpm-hf train | sample`: each verb a few lines over the Python call.
+"""`ddpm-hf train | sample | ema`: each verb a few lines over the Python call.
 
 Exit codes: 0 done; 1 training failed, and 2 input that its user can mend, said in one line; 75
 stopped by a signal with the state saved.
@@ -67,6 +67,23 @@ def sample_command(argv: list[str]) -> None:
     print("\n".join(f"Wrote {path}" for path in (args.output, args.grid) if path))
 
 
+def ema_command(argv: list[str]) -> None:
+    """Average the weights of a run over another length, after training."""
+    parser = _Parser("ddpm-hf ema", description=ema_command.__doc__)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="Folder of a run trained with --ema_profiles.")
+    add("--length", type=float, required=True, help="Relative length (sigma_rel), below 0.288.")
+    add("--step", type=int, help="Stored step that the average ends at (default: the last).")
+    add("--output", required=True, help="Folder of the new pipeline.")
+    args = parser.parse_args(argv)
+    from .ema import post_hoc
+
+    made = post_hoc(**vars(args))
+    print(f"Wrote {args.output}: step {made.step}, from {made.num_snapshots} snapshots")
+    if made.error > 0.05:
+        print(f"Warning: they meet this length to {made.error:.0%} only; store more of them")
+
+
 class _Parser(argparse.ArgumentParser):
     """Errors are InputError, one line; no abbreviated flags."""
 
@@ -77,7 +94,7 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-VERBS = {"train": train_command, "sample": sample_command}
+VERBS = {"train": train_command, "sample": sample_command, "ema": ema_command}
 
 
 def share_cores() -> None:

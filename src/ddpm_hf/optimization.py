@@ -1,7 +1,6 @@
-"""Optimiser and averaged weights: which parameters learn how, and how their average is taken."""
+"""Optimiser: which parameters learn how."""
 
 import torch
-from diffusers.training_utils import EMAModel
 
 from .config import TrainingConfig
 
@@ -34,20 +33,3 @@ def build_optimizer(unet: torch.nn.Module, config: TrainingConfig) -> torch.opti
     )
     optimizer.defaults.setdefault("lr", config.learning_rate)  # the polynomial schedule reads it
     return optimizer
-
-
-def build_ema(unet: torch.nn.Module, config: TrainingConfig) -> EMAModel:
-    """diffusers' EMAModel; with minimum = maximum its decay is constant from step 1 (Ho)."""
-    ema = EMAModel(
-        unet.parameters(),
-        decay=config.ema_max_decay,
-        min_decay=config.ema_min_decay,
-        use_ema_warmup=True,
-        inv_gamma=config.ema_inv_gamma,
-        power=config.ema_power,
-        foreach=True,
-    )
-    if config.ema_min_decay > 0:
-        # Its very first step would ignore min_decay and drop the initial weights.
-        ema.optimization_step = 1
-    return ema

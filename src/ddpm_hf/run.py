@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from .checkpoint import (
@@ -51,12 +50,20 @@ from .devices import (
     start_processes,
     wants_fsdp,
 )
+from .ema import (
+    Average,
+    build_ema,
+    build_power_averages,
+    drop_snapshots,
+    ema_warning,
+    save_snapshot,
+)
 from .errors import InputError, Stopped, TrainingError
 from .functional import mix_seed
 from .hub import write_card
 from .logbook import Logbook, save_loss_curve
 from .losses import stratified_timesteps, uniform_timesteps
-from .optimization import build_ema, build_optimizer
+from .optimization import build_optimizer
 from .pipeline import DDPMPipeline, save_image_grid, seeded_generators
 from .presets import DEFAULT_PROCESS, build_scheduler, build_unet
 from .scheduler import DDPMScheduler
@@ -109,7 +116,8 @@ class Run:
     scheduler: DDPMScheduler
     optimizer: Any
     lr_scheduler: Any
-    ema: EMAModel | None
+    ema: Average | None
+    power_averages: list[Average]
     guard: UpdateGuard
     log: Logbook
     stop: StopSignals
@@ -155,6 +163,7 @@ class Run:
             num_training_steps=total_steps,
         )
         unet, optimizer = prepare(accelerator, unet, optimizer)
+        network = accelerator.unwrap_model(unet)
         run = cls(
             config=config,
             accelerator=accelerator,
@@ -164,7 +173,8 @@ class Run:
             scheduler=build_scheduler(config.preset, **process),
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
-            ema=build_ema(accelerator.unwrap_model(unet), config) if config.use_ema else None,
+            ema=build_ema(network, config) if config.use_ema else None,
+            power_averages=build_power_averages(network, config),
             guard=UpdateGuard(accelerator.device),
             log=Logbook(accelerator, config, total_steps, plan.global_batch_size),
             stop=StopSignals(),
@@ -193,6 +203,8 @@ class Run:
             say(f"Skipped an image that cannot be decoded: {fault}")
         if images.faults:
             say(f"Skipped {len(images.faults)} images in all")
+        if warning := ema_warning(config, self.total_steps):
+            say(warning)
         if config.lr_warmup_steps >= self.total_steps:
             say(
                 f"Warning: the learning rate warms up for {config.lr_warmup_steps} steps and the "
@@ -203,6 +215,12 @@ class Run:
     def directory(self) -> Path:
         """Folder of the run."""
         return self.config.run_dir
+
+    @property
+    def averages(self) -> dict[str, Average]:
+        """All averages of the weights, by their names in a checkpoint."""
+        named = {"ema": self.ema} if self.ema else {}
+        return named | {f"ema-{average.sigma_rel}": average for average in self.power_averages}
 
     # One step
 
@@ -255,8 +273,8 @@ class Run:
             optimizer.step()
         optimizer.zero_grad()
         self.lr_scheduler.step()
-        if self.ema:
-            self.ema.step(self.unet.parameters())
+        for average in self.averages.values():
+            average.step(self.unet.parameters())
 
     def log_step(self, step: int) -> None:
         """Write and show the figures of the steps since the last call; waits for the device."""
@@ -319,6 +337,8 @@ class Run:
                 accelerator.print(f"Renamed {name} to aside-{name}: this run goes on before it")
             self.directory.mkdir(parents=True, exist_ok=True)
             clear_leftovers(self.directory)
+            for average in self.power_averages:
+                drop_snapshots(self.directory, average.optimization_step)
             write_text(self.directory / CONFIG, json.dumps(settings, indent=2) + "\n")
             if step == 0:
                 batch = to_network(self.stream.batch(0).images[:64])
@@ -386,10 +406,8 @@ class Run:
         rates = [base * factor(schedule.last_epoch) for base, factor in bases]
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        if self.ema:
-            named = checkpoint.tensors["ema"]
-            self.ema.shadow_params = [shard_like(named[n], p) for n, p in parameters.items()]
-            self.ema.optimization_step = checkpoint.state["ema_step"]
+        for name, average in self.averages.items():
+            average.load(checkpoint.tensors[name], checkpoint.state["ema_steps"][name])
         if self.accelerator.scaler is not None and "scaler" in checkpoint.state:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.guard = UpdateGuard(self.accelerator.device, checkpoint.state.get("skipped", 0))
@@ -433,33 +451,36 @@ class Run:
             "optimizer": optimizer_rest,
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "skipped": int(self.guard.skipped),
+            "ema_steps": {name: a.optimization_step for name, a in self.averages.items()},
         }
-        if self.ema:
-            names = [name for name, _ in unet.named_parameters()]
-            tensors["ema"] = dict(zip(names, self.ema.shadow_params, strict=True))
-            state["ema_step"] = self.ema.optimization_step
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         tensors = {
             group: {name: whole(tensor) for name, tensor in named.items()}
             for group, named in tensors.items()
         }
-        return tensors, state
+        averages = {name: average.named_tensors() for name, average in self.averages.items()}
+        return tensors | averages, state
+
+    def save_snapshots(self) -> None:
+        """Store the power averages, for averages of other lengths after training."""
+        for average in self.power_averages:
+            tensors = average.named_tensors()
+            if self.accelerator.is_main_process:
+                save_snapshot(self.directory, average, tensors)
 
     # What a run makes
 
     def averaged_unet(self) -> UNet2DModel:
         """A plain network with the averaged weights, in eval mode; all processes ask together."""
         trained = self.accelerator.unwrap_model(self.unet)
-        weights = dict(trained.named_parameters())
-        if self.ema:
-            weights = dict(zip(weights, self.ema.shadow_params, strict=True))
+        named = dict(trained.named_parameters())
+        weights = self.ema.named_tensors() if self.ema else {k: whole(v) for k, v in named.items()}
         with torch.device("meta"):  # no random number is drawn
             unet = UNet2DModel.from_config(trained.config)
-        unet.load_state_dict(
-            {name: whole(w.detach()).contiguous().clone() for name, w in weights.items()},
-            assign=True,
-        )
+        device = self.accelerator.device
+        copies = {name: w.detach().to(device, copy=True) for name, w in weights.items()}
+        unet.load_state_dict(copies, assign=True)
         return unet.eval().requires_grad_(False)
 
     def save_samples(self, step: int, path: Path) -> None:

@@ -51,6 +51,8 @@ def train(
 
             if run.log.tick(step):
                 run.log_step(step)
+            if step % run.config.ema_snapshot_steps == 0 or step == run.total_steps:
+                run.save_snapshots()
             if step % run.config.checkpointing_steps == 0 or step == run.total_steps:
                 run.save_checkpoint(step)
             if run.samples_due(step):
