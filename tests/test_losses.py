@@ -1,6 +1,8 @@
-"""L_simple against golden numbers and exact networks, its weighting, and how timesteps are
+"""The objectives against golden numbers and exact networks, their weighting, and how timesteps are
 drawn.
 """
+
+from functools import partial
 
 import diffusers
 import numpy as np
@@ -9,35 +11,68 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.training_utils import compute_snr
 
+from ddpm_hf.functional import bits_per_dim
 from ddpm_hf.losses import (
+    hybrid_loss,
+    min_snr_loss,
     min_snr_weight,
     simple_loss,
     stratified_timesteps,
     uniform_timesteps,
+    vlb_loss,
+    vlb_term,
 )
 from ddpm_hf.scheduler import DDPMScheduler
 
 from .conftest import PROCESSES, T_ALL, images, noise
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
+
+
+class Golden:
+    """Arrays of one golden file, and its process."""
+
+    def __init__(self, shared, file):
+        self.arrays = np.load(shared / "golden" / f"{file}.npz")
+        self.process = PROCESSES[file]
+        self.x_0, self.eps, self.t, self.x_t, self.eps_hat, self.v = (
+            torch.from_numpy(self.arrays[key])
+            for key in ("x_start", "noise", "t", "q_sample", "model_eps", "model_v")
+        )
+
+    def scheduler(self, variance_type, **settings):
+        return DDPMScheduler(variance_type=variance_type, **self.process, **settings)
+
+    def output(self, variance_type):
+        return torch.cat([self.eps_hat, self.v], 1) if "learned" in variance_type else self.eps_hat
+
+    def check(self, ours, key):
+        """float32 arithmetic over 48 pixels; the bound of golden/README.md."""
+        expected = self.arrays[key]
+        np.testing.assert_allclose(
+            ours.numpy(), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+        )
+
+
+@pytest.fixture(params=PROCESSES)
+def golden(request, shared):
+    return Golden(shared, request.param)
+
+
+def says(output):
+    """A network that answers always the same."""
+    return lambda x_t, t: UNet2DOutput(sample=output)
 
 
 # L_simple
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
-@pytest.mark.parametrize("file", PROCESSES)
-def test_simple_loss_matches_golden(shared, file, variance_type):
-    golden = np.load(shared / "golden" / f"{file}.npz")
-    x_0, eps, t, eps_hat, v = (
-        torch.from_numpy(golden[key]) for key in ("x_start", "noise", "t", "model_eps", "model_v")
-    )
-    output = torch.cat([eps_hat, v], 1) if variance_type == "learned_range" else eps_hat
-    scheduler = DDPMScheduler(variance_type=variance_type, **PROCESSES[file])
-    loss = simple_loss(lambda x_t, t: UNet2DOutput(sample=output), scheduler, x_0, eps, t)
-    expected = golden["loss/simple"]
-    # float32 arithmetic over 48 pixels; the bound of golden/README.md.
-    np.testing.assert_allclose(loss.numpy(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+def test_simple_loss_matches_golden(golden, variance_type):
+    unet = says(golden.output(variance_type))
+    scheduler = golden.scheduler(variance_type)
+    golden.check(simple_loss(unet, scheduler, golden.x_0, golden.eps, golden.t), "loss/simple")
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -66,7 +101,7 @@ def test_simple_loss_is_the_mean_square_of_the_error(prediction_type):
     x_0, eps = images(8, 1, 4, 4), noise(8, 1, 4, 4)
     error = torch.arange(8.0).reshape(-1, 1, 1, 1)
     output = scheduler.target(x_0, eps, T_ALL) + error
-    loss = simple_loss(lambda x_t, t: UNet2DOutput(sample=output), scheduler, x_0, eps, T_ALL)
+    loss = simple_loss(says(output), scheduler, x_0, eps, T_ALL)
     torch.testing.assert_close(loss, torch.arange(8.0) ** 2)  # float32 defaults: 1e-6 relative
 
 
@@ -90,15 +125,13 @@ def test_simple_loss_leaves_variance_channels_out(variance_type):
     prediction = noise(8, 1, 4, 4) * 0.5
     output = torch.cat([prediction, torch.full_like(prediction, 1e3)], 1).requires_grad_()
     loss = simple_loss(
-        lambda x_t, t: UNet2DOutput(sample=output),
+        says(output),
         DDPMScheduler(variance_type=variance_type),
         x_0,
         eps,
         T_ALL,
     )
-    fixed = simple_loss(
-        lambda x_t, t: UNet2DOutput(sample=prediction), DDPMScheduler(), x_0, eps, T_ALL
-    )
+    fixed = simple_loss(says(prediction), DDPMScheduler(), x_0, eps, T_ALL)
     assert torch.equal(loss.detach(), fixed)
     loss.sum().backward()
     assert output.grad[:, 0].abs().min() > 0
@@ -127,6 +160,137 @@ def test_simple_loss_of_a_real_network_in_bfloat16_is_float32(tiny_unet):
     assert half.dtype == torch.float32
     # bfloat16 has 8 bits: 0.4 % a rounding, a dozen layers.
     torch.testing.assert_close(half, full, rtol=0.05, atol=0)
+
+
+# The bound
+
+
+@pytest.mark.parametrize("clip_sample", [True, False])
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
+def test_vlb_term_matches_golden(golden, variance_type, clip, clip_sample):
+    """Clipped where both the scheduler does so and the caller wants it."""
+    scheduler = golden.scheduler(variance_type, clip_sample=clip_sample)
+    output = golden.output(variance_type)
+    nats = vlb_term(scheduler, output, golden.x_0, golden.x_t, golden.t, clip=clip)
+    assert nats.dtype == torch.float32
+    key = f"p/{variance_type}/clip_{clip and clip_sample}/vb_bits_per_dim"
+    golden.check(bits_per_dim(nats, golden.x_0), key)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+def test_vlb_term_matches_golden_at_every_timestep(golden, variance_type):
+    """The analytic network for N(0, I), at all T timesteps."""
+    scheduler = golden.scheduler(variance_type)
+    t = torch.arange(len(scheduler.beta))
+    slope = (1 - scheduler.alpha_bar_at(t)).sqrt().float().reshape(-1, 1, 1, 1)
+    terms = []
+    for image, eps in zip(golden.arrays["bpd/x_start"], golden.arrays["bpd/noise"], strict=True):
+        x_0, eps = (torch.from_numpy(x).expand(len(t), 3, 8, 8) for x in (image, eps))
+        x_t = scheduler.q_sample(x_0, eps, t)
+        terms.append(bits_per_dim(vlb_term(scheduler, slope * x_t, x_0, x_t, t), x_0))
+    golden.check(torch.stack(terms), f"bpd/{variance_type}/vb")
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_vlb_term_is_zero_but_for_the_decoder_when_the_model_is_the_posterior(prediction_type):
+    """With x_0 known, fixed_small's reverse step is q(x_s | x_t, x_0) itself."""
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    x_0, eps = (images(8, 1, 4, 4) * 127.5).round() / 127.5, noise(8, 1, 4, 4)
+    x_0, eps = x_0.double(), eps.double()
+    x_t = scheduler.q_sample(x_0, eps, T_ALL)
+    nats = vlb_term(scheduler, scheduler.target(x_0, eps, T_ALL), x_0, x_t, T_ALL)
+    assert nats[1:].abs().max() < 1e-12  # float64
+    # Half a bin is 0.53 of the standard deviation exp(-9.8 / 2): a mass of 0.40, 0.91 nats.
+    assert nats[0].item() == pytest.approx(16 * 0.91, abs=0.1)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_vlb_term_is_one_for_the_three_prediction_types_with_a_learned_variance(prediction_type):
+    """One wrong image, and one variance, said in three ways."""
+    x_0, eps, v = images(8, 1, 4, 4).double(), noise(8, 1, 4, 4).double(), images(8, 1, 4, 4)
+    x_0_hat = x_0 + 0.1 * noise(8, 1, 4, 4).flip(0)
+    terms = []
+    for word in ("sample", prediction_type):
+        scheduler = DDPMScheduler(prediction_type=word, variance_type="learned_range")
+        x_t = scheduler.q_sample(x_0, eps, T_ALL)
+        said = scheduler.target(x_0_hat, scheduler.to_eps(x_0_hat, x_t, T_ALL), T_ALL)
+        terms.append(vlb_term(scheduler, torch.cat([said, v], 1), x_0, x_t, T_ALL, clip=False))
+    torch.testing.assert_close(terms[0], terms[1], rtol=1e-9, atol=0)  # float64, as below
+
+
+def test_vlb_loss_matches_golden(golden):
+    scheduler, unet = golden.scheduler("learned_range"), says(golden.output("learned_range"))
+    golden.check(vlb_loss(unet, scheduler, golden.x_0, golden.eps, golden.t), "loss/vlb")
+
+
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
+def test_vlb_loss_does_not_clip_whatever_the_scheduler_does_in_sampling(golden, variance_type):
+    scheduler, unet = golden.scheduler(variance_type), says(golden.output(variance_type))
+    assert scheduler.config.clip_sample
+    loss = vlb_loss(unet, scheduler, golden.x_0, golden.eps, golden.t)
+    golden.check(loss, f"p/{variance_type}/clip_False/vb_bits_per_dim")
+
+
+def test_hybrid_loss_matches_golden(golden):
+    scheduler, unet = golden.scheduler("learned_range"), says(golden.output("learned_range"))
+    batch = (golden.x_0, golden.eps, golden.t)
+    hybrid = hybrid_loss(unet, scheduler, *batch)
+    golden.check(hybrid, "loss/hybrid")
+    golden.check(simple_loss(unet, scheduler, *batch), "loss/hybrid/mse")
+    golden.check(hybrid - simple_loss(unet, scheduler, *batch), "loss/hybrid/vb")
+
+
+def test_hybrid_loss_weights_its_first_part_alone_by_the_snr(golden):
+    scheduler, unet = golden.scheduler("learned_range"), says(golden.output("learned_range"))
+    batch = (golden.x_0, golden.eps, golden.t)
+    weighted = hybrid_loss(unet, scheduler, *batch, gamma=5.0)
+    expected = hybrid_loss(unet, scheduler, *batch) - simple_loss(unet, scheduler, *batch)
+    expected += min_snr_loss(unet, scheduler, *batch, gamma=5.0)
+    # Float32 roundings, relative to a loss of which the difference is the smaller part.
+    torch.testing.assert_close(weighted, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_hybrid_loss_trains_the_variance_by_the_bound_and_the_prediction_by_the_error(
+    prediction_type, variance_type
+):
+    scheduler = DDPMScheduler(prediction_type=prediction_type, variance_type=variance_type)
+    x_0, eps = images(8, 1, 4, 4), noise(8, 1, 4, 4)
+    variance = 0.5 + 0.4 * images(8, 1, 4, 4)
+
+    def gradient(loss_fn):
+        # A small error: at t = 0 a large one meets the floor of the decoder, without a gradient.
+        prediction = scheduler.target(x_0, eps, T_ALL) + 0.01
+        output = torch.cat([prediction, variance], 1).requires_grad_()
+        loss_fn(says(output), scheduler, x_0, eps, T_ALL).sum().backward()
+        return output.grad.split(1, dim=1)
+
+    of_hybrid, of_simple, of_bound = map(gradient, (hybrid_loss, simple_loss, vlb_loss))
+    assert torch.equal(of_hybrid[0], of_simple[0])  # the bound adds exactly 0
+    assert torch.equal(of_hybrid[1], of_bound[1])  # T = 1000: weighted by 1
+    assert of_bound[0].abs().amax((1, 2, 3)).min() > 0
+    assert of_hybrid[1].abs().amax((1, 2, 3)).min() > 0
+
+
+def test_hybrid_loss_refuses_a_fixed_variance():
+    x = images(8, 1, 4, 4)
+    with pytest.raises(ValueError, match="use variance_type='learned_range'; got 'fixed_small'"):
+        hybrid_loss(says(x), DDPMScheduler(), x, x, T_ALL)
+
+
+LOSSES = (simple_loss, partial(min_snr_loss, gamma=5.0), vlb_loss, hybrid_loss)
+
+
+@pytest.mark.parametrize("loss_fn", LOSSES)
+def test_losses_of_a_real_network_give_every_weight_a_finite_gradient(tiny_unet, loss_fn):
+    unet = type(tiny_unet).from_config({**tiny_unet.config, "out_channels": 2})
+    scheduler = DDPMScheduler(variance_type="learned_range")
+    loss = loss_fn(unet, scheduler, images(8, 1, 8, 8), noise(8, 1, 8, 8), T_ALL)
+    assert loss.shape == (8,)
+    loss.mean().backward()
+    assert all(p.grad.isfinite().all() for p in unet.parameters())
 
 
 # Weights
