@@ -13,6 +13,7 @@ from diffusers.training_utils import compute_snr
 
 from ddpm_hf.functional import bits_per_dim
 from ddpm_hf.losses import (
+    LossSecondMoment,
     hybrid_loss,
     min_snr_loss,
     min_snr_weight,
@@ -414,3 +415,112 @@ def test_uniform_timesteps_are_independent_of_the_batch():
     whole = uniform_timesteps(draws, 1000)
     parts = torch.cat([uniform_timesteps(part, 1000) for part in draws.split(4)])
     assert torch.equal(whole, parts)
+
+
+# Loss-second-moment
+
+
+def midpoints(number: int) -> torch.Tensor:
+    """A grid that is uniform over [0, 1), in place of random draws."""
+    return (torch.arange(number, dtype=torch.float64) + 0.5) / number
+
+
+def warmed_up(losses: torch.Tensor) -> LossSecondMoment:
+    """Timestep t has had the loss `losses[t]` ten times."""
+    sampler = LossSecondMoment(len(losses))
+    for _ in range(10):
+        sampler.update(torch.arange(len(losses)), losses)
+    return sampler
+
+
+def test_loss_second_moment_is_uniform_until_every_timestep_has_ten_losses():
+    sampler, draws = LossSecondMoment(4), midpoints(400)
+    ten_of_three = torch.tensor([0, 1, 2]).repeat(10)
+    sampler.update(ten_of_three, torch.arange(30.0))
+    sampler.update(torch.full((9,), 3), torch.full((9,), 100.0))
+    assert torch.equal(sampler.sample(draws), uniform_timesteps(draws, 4))
+    assert torch.equal(sampler.weight(torch.arange(4)), torch.ones(4).double())
+    sampler.update(torch.tensor([3]), torch.tensor([100.0]))
+    assert (sampler.sample(draws) == 3).sum() > 200
+    assert sampler.weight(torch.tensor([3])) < 1
+
+
+def test_loss_second_moment_draws_in_proportion_to_the_root_mean_square():
+    sampler = LossSecondMoment(2)
+    sampler.update(torch.zeros(10).long(), torch.tensor([3.0, 1.0] * 5))  # sqrt(5), not 2
+    sampler.update(torch.ones(10).long(), torch.full((10,), 5**0.5))
+    assert sampler.probabilities.tolist() == pytest.approx([0.5, 0.5], rel=1e-7)
+    sampler = warmed_up(torch.tensor([1.0, 2.0, 5.0]))
+    expected = [0.999 * share + 0.001 / 3 for share in (1 / 8, 2 / 8, 5 / 8)]
+    assert sampler.probabilities.tolist() == pytest.approx(expected, rel=1e-12)
+    counts = sampler.sample(midpoints(100_000)).bincount(minlength=3)
+    # An inverse distribution function cuts a grid of n points exactly, but for one at either edge.
+    assert counts.tolist() == pytest.approx([100_000 * p for p in expected], abs=2)
+
+
+def test_loss_second_moment_never_forgets_a_timestep():
+    losses = torch.zeros(1000)
+    losses[3] = 1.0
+    sampler = warmed_up(losses)
+    assert sampler.probabilities.min() == pytest.approx(1e-6)
+    assert sampler.weight(torch.tensor([0])).item() == pytest.approx(1000)
+
+
+def test_loss_second_moment_is_uniform_when_all_losses_are_zero():
+    assert warmed_up(torch.zeros(5)).probabilities.tolist() == [0.2] * 5
+
+
+def test_loss_second_moment_is_unbiased():
+    """The mean of weight * f(t) is that of f over uniform timesteps, for any f."""
+    sampler = warmed_up(torch.logspace(0, -4, 100))
+    f = torch.linspace(-1, 3, 100, dtype=torch.float64)
+    exact = (sampler.probabilities * sampler.weight(torch.arange(100)) * f).sum()
+    assert exact.item() == pytest.approx(1, rel=1e-12)
+    t = sampler.sample(midpoints(1_000_000))
+    # Each timestep's share of a grid of n points is right to 1 / n, its weight up to 1 / (T p) <
+    # 100, so 100 timesteps are off by 100 * 100 / n * mean |f| at most.
+    assert (sampler.weight(t) * f[t]).mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_loss_second_moment_lowers_the_variance_of_a_loss_that_varies_over_timesteps():
+    losses = torch.logspace(0, -4, 100)
+    sampler = warmed_up(losses)
+    t = sampler.sample(midpoints(10_000))
+    assert (sampler.weight(t) * losses[t]).std() < 0.1 * losses.std()
+
+
+@pytest.mark.parametrize("num_timesteps", [2, 1000, 4000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_second_moment_stays_in_range_for_the_smallest_and_largest_draw(dtype, num_timesteps):
+    sampler = warmed_up(torch.linspace(0, 1, num_timesteps) + 0.1)
+    largest = torch.nextafter(torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype))
+    assert sampler.sample(torch.zeros(1, dtype=dtype)).tolist() == [0]
+    assert sampler.sample(largest).tolist() == [num_timesteps - 1]
+    assert sampler.sample(largest).dtype == torch.int64
+
+
+def test_loss_second_moment_keeps_the_last_ten_also_within_one_batch():
+    many, few = LossSecondMoment(2), LossSecondMoment(2)
+    losses = torch.arange(25.0)
+    many.update(torch.ones(25).long(), losses)
+    for loss in losses[15:]:
+        few.update(torch.ones(1).long(), loss.reshape(1))
+    assert sorted(many.history[1].tolist()) == list(range(15, 25))
+    assert sorted(few.history[1].tolist()) == list(range(15, 25))
+    assert many.counts.tolist() == [0, 25]
+    assert not many.history[0].any()
+
+
+def test_loss_second_moment_goes_on_from_its_state(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    sampler, loaded = warmed_up(torch.linspace(1, 2, 20)), LossSecondMoment(20)
+    sampler.update(torch.tensor([7, 7, 3]), torch.tensor([9.0, 8.0, 7.0]))
+    save_file(sampler.state_dict(), tmp_path / "sampler.safetensors")
+    loaded.load_state_dict(load_file(tmp_path / "sampler.safetensors"))
+    for one in (sampler, loaded):
+        one.update(torch.tensor([7, 0]), torch.tensor([1.0, 2.0]))
+    assert torch.equal(sampler.probabilities, loaded.probabilities)
+    assert torch.equal(sampler.history, loaded.history)
+    with pytest.raises(RuntimeError, match="size"):
+        LossSecondMoment(21).load_state_dict(sampler.state_dict())

@@ -168,3 +168,60 @@ def stratified_timesteps(draws: Tensor, num_timesteps: int) -> Tensor:
     return uniform_timesteps((shares + draws) / len(draws), num_timesteps).clamp(
         max=num_timesteps - 1
     )
+
+
+class LossSecondMoment:
+    """Timesteps where the loss is large, Nichol & Dhariwal 2021, section 3.3, for a noisy bound.
+
+    Eq. (18): p_t is proportional to sqrt(E[L_t**2]) over the last 10 losses of timestep t, and
+    uniform until every timestep has 10. As in their code 0.1 % of the draws stay uniform, so that
+    no timestep is forgotten.
+
+    Unlike the other samplers it depends on the losses so far: `state_dict` belongs into a
+    checkpoint, and every process has to see the losses of the whole batch, in one order.
+    """
+
+    HISTORY = 10
+    UNIFORM = 0.001
+
+    def __init__(self, num_timesteps: int) -> None:
+        self.history = torch.zeros(num_timesteps, self.HISTORY, dtype=torch.float64)
+        self.counts = torch.zeros(num_timesteps, dtype=torch.int64)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """p_t, (T,) float64 on the CPU."""
+        num_timesteps = len(self.counts)
+        root_mean_square = self.history.square().mean(1).sqrt()
+        if bool((self.counts < self.HISTORY).any()) or not bool(root_mean_square.any()):
+            return torch.full_like(root_mean_square, 1 / num_timesteps)
+        p = root_mean_square / root_mean_square.sum()
+        return (1 - self.UNIFORM) * p + self.UNIFORM / num_timesteps
+
+    def sample(self, draws: Tensor) -> Tensor:
+        """Independent timesteps from uniform draws in [0, 1): (B,) -> (B,)."""
+        t = torch.searchsorted(self.probabilities.cumsum(0), draws.double(), right=True)
+        return t.clamp(max=len(self.counts) - 1)  # the sum may round to less than 1
+
+    def weight(self, t: Tensor) -> Tensor:
+        """1 / (T p_t), (B,) float64: losses times this have the mean of uniform timesteps.
+
+        Before the `update` with those losses, which changes p.
+        """
+        return 1 / (len(self.counts) * self.probabilities[t])
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Remember the losses, without `weight`, of the timesteps of a whole batch, both (B,)."""
+        history, counts = self.history.numpy(), self.counts.numpy()  # views, quick to index
+        for timestep, loss in zip(t.tolist(), losses.tolist(), strict=True):
+            history[timestep, counts[timestep] % self.HISTORY] = loss
+            counts[timestep] += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`history` (T, 10) and `counts` (T,)."""
+        return {"history": self.history, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state_dict`, of equally many timesteps."""
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
