@@ -14,6 +14,7 @@ from diffusers.training_utils import compute_snr
 from ddpm_hf.functional import bits_per_dim
 from ddpm_hf.losses import (
     LossSecondMoment,
+    drop_classes,
     hybrid_loss,
     min_snr_loss,
     min_snr_weight,
@@ -292,6 +293,33 @@ def test_losses_of_a_real_network_give_every_weight_a_finite_gradient(tiny_unet,
     assert loss.shape == (8,)
     loss.mean().backward()
     assert all(p.grad.isfinite().all() for p in unet.parameters())
+
+
+# Classes
+
+
+def test_drop_classes_hides_those_whose_draw_is_below_the_probability():
+    labels, draws = torch.tensor([0, 3, 7, 9]), torch.tensor([0.0, 0.05, 0.1, 0.95])
+    assert drop_classes(labels, draws, 10, 0.1).tolist() == [10, 10, 7, 9]
+    assert drop_classes(labels, draws, 10, 0.0).tolist() == labels.tolist()
+    assert drop_classes(labels, draws, 10, 1.0).tolist() == [10] * 4
+    assert drop_classes(labels, draws, 10, 0.1).dtype == torch.int64
+
+
+@pytest.mark.parametrize("loss_fn", LOSSES)
+def test_losses_train_a_class_conditional_network_by_a_partial_of_it(tiny_unet, loss_fn):
+    torch.manual_seed(0)
+    unet = type(tiny_unet).from_config(tiny_unet.config, out_channels=2, num_class_embeds=4)
+    scheduler = DDPMScheduler(variance_type="learned_range")
+    batch = (images(8, 1, 8, 8), noise(8, 1, 8, 8), T_ALL)
+    labels = torch.arange(8) % 2
+    loss = loss_fn(partial(unet, class_labels=labels), scheduler, *batch)
+    other = loss_fn(partial(unet, class_labels=1 - labels), scheduler, *batch)
+    assert loss.shape == (8,)
+    assert not torch.equal(loss, other)
+    loss.mean().backward()
+    used = unet.class_embedding.weight.grad.abs().amax(1) > 0
+    assert used.tolist() == [True, True, False, False]
 
 
 # Weights

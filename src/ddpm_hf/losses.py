@@ -154,6 +154,18 @@ def hybrid_loss(
     return error + 0.001 * scheduler.config.num_train_timesteps * term
 
 
+def drop_classes(labels: Tensor, draws: Tensor, null_class: int, probability: float) -> Tensor:
+    """Ho & Salimans 2022, algorithm 1, line 3: hide some classes behind the null class, (B,).
+
+    Args:
+        labels: Classes, (B,) integers.
+        draws: Uniform in [0, 1), (B,), on the same device.
+        null_class: The network's last class.
+        probability: How often a class is hidden.
+    """
+    return torch.where(draws < probability, null_class, labels)
+
+
 def uniform_timesteps(draws: Tensor, num_timesteps: int) -> Tensor:
     """Independent timesteps from uniform draws in [0, 1): (B,) -> (B,) in [0, T)."""
     return (draws * num_timesteps).long()
