@@ -10,6 +10,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler
+from ddpm_hf.errors import InputError
 from ddpm_hf.pipeline import image_grid, save_image_grid
 
 from .conftest import SWAPS
@@ -261,6 +262,159 @@ def test_a_progress_bar_is_shown(tiny_unet, capsys):
 def test_bad_arguments(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe(**arguments)
+
+
+# Classes and guidance
+
+
+@pytest.fixture
+def class_pipe(tiny_unet):
+    """Two classes, cat and dog, and the null class."""
+    return conditional(tiny_unet, build_scheduler(class_names=["cat", "dog"]))
+
+
+def conditional(tiny_unet, scheduler, **changes):
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel.from_config(tiny_unet.config, num_class_embeds=3, **changes)
+    pipe = DDPMPipeline(unet.eval(), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe, **arguments):
+    return pipe(2, seeded(), 3, output_type="pt", **arguments).images
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[0, 1], ["cat", "dog"], ["cat", 1], torch.tensor([0, 1]), np.array([0, 1]), (0, np.int64(1))],
+)
+def test_a_class_for_each_image_is_a_number_or_a_name(class_pipe, labels):
+    images = sample(class_pipe, class_labels=labels)
+    assert torch.equal(images, sample(class_pipe, class_labels=[0, 1]))
+    assert not torch.equal(images, sample(class_pipe, class_labels=[1, 1]))
+
+
+@pytest.mark.parametrize("label", [1, "dog", torch.tensor(1), np.int64(1)])
+def test_one_class_is_for_all_images(class_pipe, label):
+    images = sample(class_pipe, class_labels=label)
+    assert torch.equal(images, sample(class_pipe, class_labels=[1, 1]))
+
+
+def test_names_are_known_under_another_scheduler_too(class_pipe):
+    pipe = swap(class_pipe, "DDIMScheduler")
+    assert torch.equal(sample(pipe, class_labels="dog"), sample(pipe, class_labels=1))
+
+
+def test_guidance_is_off_by_default_and_costs_no_second_evaluation(class_pipe):
+    sizes, forward = [], class_pipe.unet.forward
+
+    def spy(x_t, t, class_labels):
+        sizes.append(len(x_t))
+        return forward(x_t, t, class_labels=class_labels)
+
+    class_pipe.unet.forward = spy
+    off = sample(class_pipe, class_labels=1)
+    assert torch.equal(off, sample(class_pipe, class_labels=1, guidance_scale=1.0))
+    assert sizes == [2] * 6
+    assert not torch.equal(off, sample(class_pipe, class_labels=1, guidance_scale=3.0))
+    assert sizes == [2] * 6 + [4] * 3  # class and null class in one call
+
+
+def test_guidance_of_0_is_the_null_class(class_pipe):
+    images = sample(class_pipe, class_labels=0, guidance_scale=0.0)
+    null = sample(class_pipe, class_labels=2)
+    # Batches of 4 and of 2 round differently in float32.
+    torch.testing.assert_close(images, null, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_guidance_extrapolates_from_the_null_class_through_the_class(tiny_unet, prediction_type):
+    """x_0_hat is guided too: linear in the output, whatever it stands for."""
+    scheduler = DDPMScheduler(
+        timestep_spacing="trailing", prediction_type=prediction_type, clip_sample=False
+    )
+    pipe = conditional(tiny_unet, scheduler)
+
+    def first(label, scale):
+        steps = pipe.denoise(
+            2, generator=seeded(), num_inference_steps=4, class_labels=label, guidance_scale=scale
+        )
+        return next(steps)
+
+    of_class, of_null, guided = first([0, 1], 1.0), first(2, 1.0), first([0, 1], 2.5)
+    for name in ("x_0_hat", "x_s"):
+        a, b, c = (getattr(step, name).double() for step in (of_class, of_null, guided))
+        # float32: 1e-6 of an x_0_hat of size 200 where alpha_bar is 4e-5.
+        torch.testing.assert_close(c, b + 2.5 * (a - b), atol=1e-3, rtol=1e-5)
+
+
+def test_a_guided_learned_variance_is_that_of_the_class(tiny_unet):
+    scheduler = DDPMScheduler(variance_type="learned_range", timestep_spacing="trailing")
+    pipe = conditional(tiny_unet, scheduler, out_channels=2)
+    x_t, t, labels = torch.randn(2, 1, 8, 8), torch.tensor(500), torch.tensor([0, 1])
+    with torch.no_grad():
+        of_class = pipe.unet(x_t, t, class_labels=labels).sample
+        of_null = pipe.unet(x_t, t, class_labels=torch.tensor([2, 2])).sample
+        guided = pipe._guided(x_t, t, labels, 2.0)
+    # Batches of 4 and of 2 round differently in float32.
+    torch.testing.assert_close(guided[:, 1], of_class[:, 1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(guided[:, 0], 2 * of_class[:, 0] - of_null[:, 0], atol=1e-5, rtol=0)
+    assert sample(pipe, class_labels=0, guidance_scale=2.0).isfinite().all()
+
+
+@pytest.mark.parametrize("name", SWAPS)
+def test_guidance_works_with_any_diffusers_scheduler(class_pipe, name):
+    images = swap(class_pipe, name)(
+        2, seeded(), 5, output_type="pt", class_labels="cat", guidance_scale=2.0
+    ).images
+    assert images.isfinite().all()
+
+
+def test_a_half_precision_network_is_guided_in_float32(class_pipe):
+    class_pipe.to(torch.bfloat16)
+    x_t, t, labels = torch.randn(2, 1, 8, 8), torch.tensor(500), torch.tensor([0, 1])
+    with torch.no_grad():
+        assert class_pipe._guided(x_t.bfloat16(), t, labels, 2.0).dtype == torch.float32
+
+
+def test_a_class_conditional_pipeline_is_saved_and_loaded_with_its_names(class_pipe, tmp_path):
+    class_pipe.save_pretrained(tmp_path)
+    loaded = DDPMPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(sample(loaded, class_labels="dog"), sample(class_pipe, class_labels=1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "class-conditional: pass class_labels, 0 to 2 .* or names like 'cat'"),
+        (dict(class_labels=3), "class_labels must be 0 to 2 .*; got 3"),
+        (dict(class_labels=[0, -1]), "class_labels must be 0 to 2 .*; got -1"),
+        (dict(class_labels="cow"), "class_labels must be 0 to 2 .* 'cat'; got 'cow'"),
+        (dict(class_labels=torch.tensor([0.0, 1.0])), "class_labels must be 0 to 2 .*; got 0.0"),
+        (dict(class_labels=[0]), "or one each: got 1 class_labels for batch_size=2"),
+    ],
+)
+def test_classes_that_do_not_fit_are_refused(class_pipe, arguments, message):
+    with pytest.raises(InputError, match=message):
+        sample(class_pipe, **arguments)
+
+
+@pytest.mark.parametrize("arguments", [dict(class_labels=0), dict(guidance_scale=2.0)])
+def test_an_unconditional_network_refuses_classes_and_guidance(pipe, arguments):
+    with pytest.raises(InputError, match="unconditional: leave out class_labels and guidance"):
+        sample(pipe, **arguments)
+
+
+def test_stocks_parameters_come_first_and_are_unchanged():
+    theirs = inspect.signature(diffusers.DDPMPipeline.__call__).parameters
+    ours = inspect.signature(DDPMPipeline.__call__).parameters
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert all(ours[name].default == theirs[name].default for name in theirs)
+
+
+# Offload, and pictures
 
 
 def test_model_offload_hooks_are_freed(pipe, monkeypatch):

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,9 @@ from .functional import mix_seed
 from .scheduler import DDPMScheduler
 
 logger = logging.get_logger(__name__)
+
+ClassLabels = int | str | list[int | str] | Tensor
+"""One class for all images, or one each, (B,): numbers or names."""
 
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt")
 
@@ -71,6 +75,9 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         num_inference_steps: int = 1000,
         output_type: str | None = "pil",
         return_dict: bool = True,
+        *,
+        class_labels: ClassLabels | None = None,
+        guidance_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple:
         """Algorithm 2: sample images.
 
@@ -81,17 +88,25 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             num_inference_steps: Denoising steps, at most the number of trained timesteps.
             output_type: `pil`; `np`, (B, H, W, C) float32 in [0, 1]; or `pt`, (B, C, H, W).
             return_dict: False returns (images,).
+            class_labels: For a class-conditional network: one class for all images, or one each,
+                (B,); a number, or a name if the scheduler's configuration has them.
+            guidance_scale: 1 + w in classifier-free guidance (Ho & Salimans 2022); 1.0 is off.
 
         Raises:
             ValueError: unknown output type, or a list of generators of another length than the
                 batch.
+            InputError: classes that do not fit the network or the batch.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(
                 f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}"
             )
         steps = self.denoise(
-            batch_size, generator=generator, num_inference_steps=num_inference_steps
+            batch_size,
+            generator=generator,
+            num_inference_steps=num_inference_steps,
+            class_labels=class_labels,
+            guidance_scale=guidance_scale,
         )
         for last in steps:  # noqa: B007  the last step is the result
             pass
@@ -110,15 +125,19 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         *,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int = 1000,
+        class_labels: ClassLabels | None = None,
+        guidance_scale: float = 1.0,
     ) -> Iterator[DenoisingStep]:
         """The reverse process, step by step; the last x_s is the image, in [-1, 1].
 
-        x_0_hat is computed from the network's output whatever the scheduler, and clipped as the
-        scheduler's configuration says, also for those of diffusers that do not clip.
+        x_0_hat is computed from the network's output, guided if so, whatever the scheduler, and
+        clipped as the scheduler's configuration says, also for those of diffusers that do not clip.
+        Arguments: those of `__call__`.
 
         Raises:
             ValueError: batch_size < 1, num_inference_steps out of range, or a list of generators of
                 another length.
+            InputError: classes that do not fit the network or the batch.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
@@ -127,6 +146,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
                 f"pass one generator per image: got {len(generator)} for batch_size={batch_size}"
             )
         scheduler, device = self.scheduler, self._execution_device
+        labels = self._class_numbers(class_labels, batch_size, guidance_scale, device)
         self._set_timesteps(num_inference_steps, device)
         process = self._process()
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
@@ -137,13 +157,77 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         )
         for t in self.progress_bar(scheduler.timesteps):
             x_in = scheduler.scale_model_input(x_t, t)
-            output = self.unet(x_in.to(self.unet.dtype), t).sample.float()
+            output = self._guided(x_in.to(self.unet.dtype), t, labels, guidance_scale)
             prediction, _ = process.split_output(output, x_t.shape[1])
             x_0_hat = process.clip_x_0(process.to_x_0(prediction, x_in, t.item()))
             # diffusers' own schedulers know no learned variance, or one of RGB images only.
             answer = output if process is scheduler else prediction
             x_t = scheduler.step(answer, t, x_t, **options).prev_sample
             yield DenoisingStep(t.item(), x_t, x_0_hat)
+
+    def _guided(
+        self, x_t: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Ho & Salimans 2022, eq. (6): (1 + w) prediction(class) - w prediction(null class).
+
+        Both come from one call of the network. It means the same for eps, x_0 and v, each of which
+        is linear in the others at a given x_t. A learned variance is that of the class.
+
+        Args:
+            x_t: Noised images, (B, C, H, W).
+            t: The timestep.
+            labels: Classes, (B,); None for an unconditional network.
+            guidance_scale: 1 + w.
+
+        Returns:
+            The network's output, float32, (B, C, H, W) or (B, 2C, H, W).
+        """
+        if labels is None:
+            return self.unet(x_t, t).sample.float()
+        if guidance_scale == 1:
+            return self.unet(x_t, t, class_labels=labels).sample.float()
+        null = torch.full_like(labels, self.unet.config.num_class_embeds - 1)
+        both = self.unet(torch.cat([x_t, x_t]), t, class_labels=torch.cat([labels, null])).sample
+        (of_class, variance), (of_null, _) = (
+            output.tensor_split([x_t.shape[1]], dim=1) for output in both.float().chunk(2)
+        )
+        return torch.cat([of_null + guidance_scale * (of_class - of_null), variance], dim=1)
+
+    def _class_numbers(
+        self,
+        class_labels: ClassLabels | None,
+        batch_size: int,
+        guidance_scale: float,
+        device: torch.device,
+    ) -> Tensor | None:
+        """Classes as numbers, (B,); None for an unconditional network. Raises InputError."""
+        num_classes = self.unet.config.num_class_embeds
+        if num_classes is None:
+            if class_labels is not None or guidance_scale != 1:
+                raise InputError(
+                    "this network is unconditional: leave out class_labels and guidance_scale"
+                )
+            return None
+        names = self.scheduler.config.get("_ddpm_hf", {}).get("class_names", [])
+        choices = f"0 to {num_classes - 1} (the last, the null class, is any class)" + (
+            f" or names like {names[0]!r}" if names else ""
+        )
+        if class_labels is None:
+            raise InputError(f"this network is class-conditional: pass class_labels, {choices}")
+        if isinstance(class_labels, (Tensor, np.ndarray)):
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, (Integral, str)):
+            class_labels = [class_labels] * batch_size
+        if len(class_labels) != batch_size:
+            raise InputError(
+                f"pass one class for all images or one each: got {len(class_labels)} class_labels "
+                f"for batch_size={batch_size}"
+            )
+        numbers = [names.index(label) if label in names else label for label in class_labels]
+        for number in numbers:
+            if not (isinstance(number, Integral) and 0 <= number < num_classes):
+                raise InputError(f"class_labels must be {choices}; got {number!r}")
+        return torch.tensor(numbers, device=device)
 
     def _process(self) -> DDPMScheduler:
         """The diffusion process that the scheduler samples from, as this package's scheduler."""

@@ -7,6 +7,7 @@ preset < recipe < flags).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -155,14 +156,14 @@ def auto_levels(resolution: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int
     return AUTO_CHANNELS[len(sides)], tuple(i for i, side in enumerate(sides) if 8 < side <= 16)
 
 
-def check_halving(preset: str, resolution: tuple[int, int], times: int) -> None:
+def check_halving(network: str, resolution: tuple[int, int], times: int) -> None:
     """Raise InputError unless (height, width) can be halved so many times."""
     factor = 2**times
     if any(side % factor for side in resolution):
         height, width = (max(factor, side - side % factor) for side in resolution)
         raise InputError(
             f"resolution {resolution[0]}x{resolution[1]} cannot be halved {times} times, as the "
-            f"network of preset {preset!r} needs; use multiples of {factor}, for example "
+            f"network of {network} needs; use multiples of {factor}, for example "
             f"{height}x{width}"
         )
 
@@ -174,6 +175,7 @@ def unet_config(
     image_channels: int = 3,
     dropout: float | None = None,
     learned_variance: bool = False,
+    num_classes: int | None = None,
 ) -> dict:
     """Arguments of UNet2DModel for a preset.
 
@@ -183,6 +185,8 @@ def unet_config(
         image_channels: 1 for grey, 3 for RGB.
         dropout: The preset's own by default.
         learned_variance: Twice the output channels: the prediction and a variance.
+        num_classes: Condition on so many classes, and on one more, the null class, which stands for
+            any of them; it is the last.
 
     Raises:
         InputError: unknown preset, no resolution for `auto`, or a resolution that the levels cannot
@@ -197,13 +201,11 @@ def unet_config(
             )
         resolution = (int(row.settings["resolution"]),) * 2
     channels, attention = (row.channels, row.attention) if row.channels else auto_levels(resolution)
-    check_halving(preset, resolution, len(channels) - 1)
+    check_halving(f"preset {preset!r}", resolution, len(channels) - 1)
     kinds = ["Attn" if level in attention else "" for level in range(len(channels))]
     return dict(
         row.blocks,
-        sample_size=resolution[0] if resolution[0] == resolution[1] else list(resolution),
-        in_channels=image_channels,
-        out_channels=image_channels * (2 if learned_variance else 1),
+        **_of_images(resolution, image_channels, learned_variance, num_classes),
         block_out_channels=channels,
         down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
         up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
@@ -211,11 +213,92 @@ def unet_config(
     )
 
 
-def build_unet(preset: str = "auto", **arguments) -> UNet2DModel:
-    """The network of a preset, initialised. Arguments and errors: those of `unet_config`."""
+def _of_images(
+    resolution: tuple[int, int],
+    image_channels: int,
+    learned_variance: bool,
+    num_classes: int | None,
+) -> dict:
+    """The arguments of UNet2DModel that follow from the images and the variance."""
+    height, width = resolution
+    return dict(
+        sample_size=height if height == width else [height, width],
+        in_channels=image_channels,
+        out_channels=image_channels * (2 if learned_variance else 1),
+        num_class_embeds=None if num_classes is None else num_classes + 1,
+    )
+
+
+def load_unet_config(
+    name: str,
+    *,
+    resolution: tuple[int, int],
+    image_channels: int = 3,
+    dropout: float | None = None,
+    learned_variance: bool = False,
+    num_classes: int | None = None,
+) -> dict:
+    """Arguments of a UNet2DModel from a file, but for what the images and the variance decide.
+
+    Args:
+        name: Id of a repository on the Hub, a folder, or a file of JSON, as
+            `UNet2DModel.save_config` writes it.
+        resolution, image_channels, learned_variance, num_classes: As in `unet_config`, in place of
+            the file's.
+        dropout: The file's own by default.
+
+    Raises:
+        InputError: it cannot be loaded, is no UNet2DModel, or cannot halve the resolution.
+    """
     from diffusers import UNet2DModel
 
-    unet = UNet2DModel(**unet_config(preset, **arguments))
+    try:
+        config = UNet2DModel.load_config(name)
+    except OSError as error:
+        raise InputError(
+            f"model_config_name_or_path {name!r} cannot be loaded: {' '.join(str(error).split())}"
+        ) from error
+    kind = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
+    if kind != "UNet2DModel":
+        raise InputError(
+            f"model_config_name_or_path {name!r} must be the configuration of a UNet2DModel; got "
+            f"that of {kind!r}"
+        )
+    if "block_out_channels" in config:
+        check_halving(repr(name), resolution, len(config["block_out_channels"]) - 1)
+    config |= _of_images(resolution, image_channels, learned_variance, num_classes)
+    config["class_embed_type"] = None  # another way to condition, which we do not train
+    return config if dropout is None else config | dict(dropout=dropout)
+
+
+def build_unet(
+    preset: str = "auto", *, model_config: str | None = None, **arguments
+) -> UNet2DModel:
+    """The network of a preset, initialised.
+
+    Args:
+        preset: A key of PRESETS.
+        model_config: Take the network from this configuration (`load_unet_config`), and from the
+            preset the initialisation only.
+        arguments: Those of `unet_config`.
+
+    Raises:
+        InputError: as `unet_config` and `load_unet_config`, or values that make no network.
+    """
+    from diffusers import UNet2DModel
+
+    check_choice("preset", preset, PRESETS)
+    if model_config is None:
+        unet = UNet2DModel(**unet_config(preset, **arguments))
+    else:
+        config = load_unet_config(model_config, **arguments)
+        try:
+            unet = UNet2DModel.from_config(config)
+        except ValueError as error:
+            raise InputError(
+                f"model_config_name_or_path {model_config!r} describes no network: "
+                f"{' '.join(str(error).split())}"
+            ) from error
     if PRESETS[preset].initialisation == "ho":
         initialise(unet)
     if PRESETS[preset].initialisation == "zero":
@@ -267,7 +350,9 @@ def beta_range(schedule: str, num_timesteps: int) -> tuple[float, float]:
     return 1e-4 * scale, 0.02 * scale
 
 
-def build_scheduler(preset: str = "auto", **settings) -> DDPMScheduler:
+def build_scheduler(
+    preset: str = "auto", *, class_names: Sequence[str] | None = None, **settings
+) -> DDPMScheduler:
     """The process of a preset, written in words that stock diffusers reads.
 
     Trailing timesteps, so that a short chain starts at the noise. sigmoid and laplace, which six of
@@ -275,6 +360,8 @@ def build_scheduler(preset: str = "auto", **settings) -> DDPMScheduler:
 
     Args:
         preset: A key of PRESETS.
+        class_names: Names of the network's classes, in the order of their numbers, without the null
+            class; kept where stock does not look.
         settings: Any of ddpm_num_steps, ddpm_beta_schedule, prediction_type and variance_type, in
             place of the preset's (or else DEFAULT_PROCESS).
 
@@ -296,6 +383,8 @@ def build_scheduler(preset: str = "auto", **settings) -> DDPMScheduler:
     if schedule in ("sigmoid", "laplace"):
         words = {"trained_betas": make_betas(schedule, steps, beta_start, beta_end).tolist()}
         extras["beta_schedule"] = schedule
+    if class_names is not None:
+        extras["class_names"] = list(class_names)
     scheduler = DDPMScheduler(
         num_train_timesteps=steps,
         beta_start=beta_start,

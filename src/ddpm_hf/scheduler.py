@@ -291,7 +291,9 @@ class DDPMScheduler(diffusers.DDPMScheduler):
                 fraction = (model_variance + 1) / 2
                 return fraction * like(large, fraction) + (1 - fraction) * like(small, fraction)
 
-    def p_step(self, output: Tensor, x_t: Tensor, t: Timestep, s: Timestep) -> ReverseStep:
+    def p_step(
+        self, output: Tensor, x_t: Tensor, t: Timestep, s: Timestep, *, clip: bool = True
+    ) -> ReverseStep:
         """Eqs. (1), (11): p_theta(x_s | x_t), the posterior with the predicted x_0_hat as x_0.
 
         The distribution is given for the last step (s = -1) too; sampling takes its mean there.
@@ -300,12 +302,15 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             output: The network's answer, (B, C, H, W), or (B, 2C, H, W) with a learned variance.
             x_t: Noised images, (B, C, H, W).
             t, s: Timesteps, one or (B,), s < t.
+            clip: Clip x_0_hat as configured; False, as in training, never does.
 
         Raises:
             ValueError: channels that do not fit `variance_type`, or timesteps that do not fit.
         """
         output, model_variance = self.split_output(output, x_t.shape[1])
-        x_0_hat = self.clip_x_0(self.to_x_0(output, x_t, t))
+        x_0_hat = self.to_x_0(output, x_t, t)
+        if clip:
+            x_0_hat = self.clip_x_0(x_0_hat)
         mean = self.q_posterior(x_0_hat, x_t, t, s).mean
         log_variance = like(self.reverse_log_variance(t, s, model_variance), x_t)
         return ReverseStep(Gaussian(mean, log_variance), x_0_hat)
