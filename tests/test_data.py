@@ -450,15 +450,15 @@ def test_bytes_in_memory_as_on_the_hub(tmp_path):
 
 def test_a_step_costs_the_same_memory_for_any_number_of_images(numbered):
     """No array of the size of the set: 10 million rows that share one buffer."""
-    pixels = pa.array([bytes(range(64))] * 1000, pa.large_binary())
+    pixels = pa.array([bytes(range(64))] * 10_000, pa.large_binary())
     columns = {"pixels": pixels} | {
-        name: pa.array([value] * 1000, kind)
+        name: pa.array([value] * 10_000, kind)
         for name, value, kind in (
             ("channels", 1, pa.int8()), ("height", 8, pa.int32()),
             ("width", 8, pa.int32()), ("deep", 0, pa.int8()), ("fault", None, pa.string()),
         )
     }  # fmt: skip
-    table = pa.concat_tables([pa.table(columns)] * 10_000)
+    table = pa.concat_tables([pa.table(columns)] * 1000)
     images = ImageSet(datasets.Dataset(table), (8, 8), 1)
     stream = ImageStream(images, seed=0, global_batch_size=128, flip=True)
     stream.batch(0)  # finds the chunks

@@ -10,6 +10,7 @@ images: the order of an epoch is a keyed permutation, computed place by place.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -234,34 +235,24 @@ class ImageSet:
             chunks.append(Chunk(bounds, data, shapes, labels))
         return np.cumsum([0, *map(len, batches)])[:-1], chunks
 
-    def _by_chunk(self, rows: np.ndarray) -> Iterator[tuple[Chunk, np.ndarray, np.ndarray]]:
-        """Each chunk that holds some of the rows, which of `rows` they are, and rows in it."""
+    def _locate(self, indices: np.ndarray) -> Iterator[tuple[Chunk, int]]:
+        """Each image's chunk and its row there."""
         starts, chunks = self._chunks
+        rows = self.rows(indices)
         which = np.searchsorted(starts, rows, side="right") - 1
-        order = np.argsort(which, kind="stable")
-        for places in np.split(order, np.flatnonzero(np.diff(which[order])) + 1):
-            k = which[places[0]]
-            yield chunks[k], places, rows[places] - starts[k]
+        for k, row in zip(which.tolist(), (rows - starts[which]).tolist(), strict=True):
+            yield chunks[k], row
 
     def pixels(self, i: int) -> np.ndarray:
         """Image i as a read-only view, (channels, height, width), uint8 or float32 in [-1, 1]."""
-        return self._views(np.array([i]))[0]
-
-    def _views(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Views of some images, as `pixels`."""
-        views = {}
-        for chunk, places, rows in self._by_chunk(self.rows(indices)):
-            views |= zip(places, map(chunk.pixels, rows), strict=True)
-        return [views[place] for place in range(len(indices))]
+        ((chunk, row),) = self._locate(np.array([i]))
+        return chunk.pixels(row)
 
     def labels(self, indices: np.ndarray) -> np.ndarray | None:
         """Classes of images, (B,) int64, or None where none are trained on."""
         if self.num_classes is None:
             return None
-        out = np.empty(len(indices), np.int64)
-        for chunk, places, rows in self._by_chunk(self.rows(indices)):
-            out[places] = chunk.labels[rows]
-        return out
+        return np.array([chunk.labels[row] for chunk, row in self._locate(indices)])
 
     # Facts about all images
 
@@ -327,7 +318,8 @@ class ImageSet:
         """
         if self.shape is None:
             kind = dict(channels=self.channels, deep=self.deep)
-            return crop_each(self._views(indices), draws, self.size, flip=flip, **kind)
+            views = [chunk.pixels(row) for chunk, row in self._locate(indices)]
+            return crop_each(views, draws, self.size, flip=flip, **kind)
         if self.on_device is None:
             crops = crop_equal(self.stack(indices), draws, self.size, flip=flip)
         else:
@@ -338,14 +330,10 @@ class ImageSet:
     def stack(self, indices: np.ndarray) -> np.ndarray:
         """Whole images of a set of one shape, (B, channels, height, width), grey as asked for."""
         assert self.shape is not None
-        dtype = np.dtype(np.float32 if self.deep else np.uint8)
-        out = np.empty((len(indices), *self.shape), dtype)
-        size = out[0].nbytes
-        for chunk, places, rows in self._by_chunk(self.rows(indices)):
-            images = chunk.data[chunk.bounds[0] : chunk.bounds[-1]].view(dtype)
-            # Rows that could not be decoded take no bytes.
-            rows = (chunk.bounds[rows] - chunk.bounds[0]) // size
-            out[places] = images.reshape(-1, *self.shape)[rows]
+        out = np.empty((len(indices), *self.shape), np.float32 if self.deep else np.uint8)
+        as_bytes = out.reshape(len(indices), -1).view(np.uint8)
+        for k, (chunk, row) in enumerate(self._locate(indices)):
+            as_bytes[k] = chunk.data[chunk.bounds[row] : chunk.bounds[row + 1]]
         return luma(out) if out.shape[1] > self.channels else out
 
 
@@ -786,26 +774,31 @@ def find_held_out_split(config: TrainingConfig) -> str | None:
 def shuffled(places: np.ndarray, length: int, key: tuple[int, ...]) -> np.ndarray:
     """Where a keyed permutation of range(length) sends each place, (B,) int64; O(1) memory.
 
-    A Feistel network permutes the next power of four; what it sends beyond `length` is sent on
-    until it falls inside (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains", the
-    cycle-walking cipher and section 5). The round function is SplitMix64's mixer (Steele, Lea &
-    Flood 2014). Good shuffling, not cryptography.
+    The generalised Feistel cipher of Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains":
+    it permutes range(a b), just larger than range(length), and what it sends beyond is sent on
+    until it falls inside. The round function is SplitMix64's (Steele, Lea & Flood 2014). A good
+    shuffle, and no secret.
     """
-    half = np.uint64(max(1, (int(length - 1).bit_length() + 1) // 2))
-    mask = np.uint64(2 ** int(half) - 1)
+    a = math.isqrt(length - 1) + 1
+    b = -(-length // a)
     keys = np.random.SeedSequence([len(key), *key]).generate_state(FEISTEL_ROUNDS, np.uint64)
-    out = np.asarray(places).astype(np.uint64)
+    out = np.array(places, np.uint64)
     outside = np.ones(out.shape, bool)
     while outside.any():
-        left, right = out[outside] >> half, out[outside] & mask
-        for round_key in keys:
-            mixed = right ^ round_key
-            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
-        out[outside] = left << half | right
+        left, right = np.divmod(out[outside], np.uint64(b))
+        for left_key, right_key in keys.reshape(-1, 2):
+            left = (left + mixed(right ^ left_key) % np.uint64(a)) % np.uint64(a)
+            right = (right + mixed(left ^ right_key) % np.uint64(b)) % np.uint64(b)
+        out[outside] = left * np.uint64(b) + right
         outside = out >= np.uint64(length)
     return out.astype(np.int64)
+
+
+def mixed(numbers: np.ndarray) -> np.ndarray:
+    """SplitMix64's mixing of 64-bit numbers: each bit depends on all."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
 
 
 def augmentation_draws(seed: int, step: int, global_batch_size: int) -> np.ndarray:
