@@ -1,22 +1,31 @@
 """Image sets of every kind, decoded once; batches that are a function of (seed, step)."""
 
 import io
+import tracemalloc
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 
 from ddpm_hf.config import TrainingConfig
 from ddpm_hf.data import (
+    ImageSet,
     ImageStream,
+    check_batch,
+    crop_each,
     deep_to_unit,
     flatten_transparency,
     load_images,
     open_dataset,
+    place_images,
     resize_to_cover,
+    shuffled,
+    split_held_out,
     to_network,
+    view,
 )
 from ddpm_hf.errors import InputError
 
@@ -246,8 +255,8 @@ def test_crops_reach_both_ends_and_centre_crop_does_not_move(tiny_images):
     low, high = (images.gather(np.array([0]), np.full((1, 3), d), False) for d in (0.0, 0.999))
     assert not torch.equal(low, high)
     full = images.pixels(0)
-    assert torch.equal(low[0], torch.from_numpy(full[:8, :8].transpose(2, 0, 1).copy()))
-    assert torch.equal(high[0], torch.from_numpy(full[-8:, -8:].transpose(2, 0, 1).copy()))
+    assert torch.equal(low[0], torch.from_numpy(full[:, :8, :8].copy()))
+    assert torch.equal(high[0], torch.from_numpy(full[:, -8:, -8:].copy()))
     one, two = (centred.gather(np.array([0]), np.full((1, 3), d), False) for d in (0.0, 0.999))
     assert torch.equal(one, two)
 
@@ -268,7 +277,7 @@ def test_exif_rotation_is_applied(tmp_path):
     image.save(tmp_path / "x" / "a.png", exif=exif)
     pixels = load(tmp_path / "x").pixels(0)
     assert pixels[0, 0, 0] == 255
-    assert pixels[-1, 0, 0] == 0
+    assert pixels[0, -1, 0] == 0
 
 
 def test_pixels_become_the_papers_range():
@@ -437,3 +446,365 @@ def test_bytes_in_memory_as_on_the_hub(tmp_path):
                    image=[{"bytes": buffer.getvalue(), "path": None}])  # fmt: skip
     images = load_images(TrainingConfig(dataset_name=path, resolution="8"))
     assert (images.pixels(0) == 3).all()
+
+
+def test_a_step_costs_the_same_memory_for_any_number_of_images(numbered):
+    """No array of the size of the set: 10 million rows that share one buffer."""
+    pixels = pa.array([bytes(range(64))] * 10_000, pa.large_binary())
+    columns = {"pixels": pixels} | {
+        name: pa.array([value] * 10_000, kind)
+        for name, value, kind in (
+            ("channels", 1, pa.int8()), ("height", 8, pa.int32()),
+            ("width", 8, pa.int32()), ("deep", 0, pa.int8()), ("fault", None, pa.string()),
+        )
+    }  # fmt: skip
+    table = pa.concat_tables([pa.table(columns)] * 1000)
+    images = ImageSet(datasets.Dataset(table), (8, 8), 1)
+    stream = ImageStream(images, seed=0, global_batch_size=128, flip=True)
+    stream.batch(0)  # finds the chunks
+    tracemalloc.start()
+    stream.batch(1)
+    images.fingerprint()
+    images.describe()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(images) == 10_000_000
+    assert most < 5e6  # a byte an image would be 10e6; what there is grows with the chunks
+
+
+# The order of an epoch
+
+
+@pytest.mark.parametrize("length", [*range(1, 201), 1023, 1024, 1025, 4097, 99_991])
+def test_shuffled_is_a_permutation_of_any_length(length):
+    assert sorted(shuffled(np.arange(length), length, (0, 0))) == list(range(length))
+
+
+def test_a_place_is_shuffled_alone_as_in_any_company():
+    whole = shuffled(np.arange(1000), 1000, (3, 1))
+    assert [int(shuffled(np.array([i]), 1000, (3, 1))[0]) for i in (0, 17, 999)] == [
+        *whole[[0, 17, 999]]
+    ]
+
+
+def test_shuffled_reaches_the_end_of_a_huge_set():
+    drawn = shuffled(np.arange(10_000), 10**12, (0, 0))
+    assert len(set(drawn)) == 10_000
+    # The mean of 10,000 uniform numbers has a deviation of .0029; 5 of these.
+    assert np.mean(drawn / 1e12) == pytest.approx(0.5, abs=0.0145)
+
+
+@pytest.mark.parametrize("length", [2, 7, 10, 64])
+def test_every_image_lands_everywhere_equally_often(length):
+    """Where images 0 and the last land, and both together, over 1,500 keys."""
+    ends = np.array([0, length - 1])
+    landed = np.array([shuffled(ends, length, (seed, 2, 0)) for seed in range(1500)])
+    for counts in (
+        np.bincount(landed[:, 0], minlength=length),
+        np.bincount(landed[:, 1], minlength=length),
+        np.bincount((landed[:, 1] - landed[:, 0]) % length, minlength=length)[1:],
+    ):
+        expected = counts.sum() / len(counts)
+        chi_square = ((counts - expected) ** 2 / expected).sum()
+        # Chi-square with n degrees has mean n and variance 2 n: 6 deviations above.
+        assert chi_square <= len(counts) + 6 * (2 * len(counts)) ** 0.5
+
+
+# Gathering all at once
+
+
+def flat(table_like, **settings):
+    """A batch by the loop over images."""
+    images, indices, draws = table_like
+    views = [images.pixels(i) for i in indices]
+    kind = dict(channels=images.channels, deep=images.deep)
+    return crop_each(views, draws, images.size, **kind, **settings)
+
+
+def same_shape_sets(tmp_path):
+    """Sets of one shape each: as large as the batch's images, larger, colour in grey, deep."""
+    rng = np.random.default_rng(0)
+    plain = rng.integers(0, 256, (9, 16, 12, 3), np.uint8)
+    for i, pixels in enumerate(plain):
+        save(tmp_path / "rgb", f"{i}.png", pixels)
+        save(tmp_path / "grey", f"{i}.png", pixels[..., 0])
+        save(tmp_path / "deep", f"{i}.png", pixels[..., 0].astype(np.uint16) * 256)
+    return [
+        load(tmp_path / "rgb", resolution="16x12"),
+        load(tmp_path / "rgb", resolution="16x8"),
+        load(tmp_path / "rgb", resolution="8x8"),
+        load(tmp_path / "rgb", resolution="8x8", image_mode="L"),
+        load(tmp_path / "grey", resolution="8x8", image_mode="RGB"),
+        load(tmp_path / "deep", resolution="8x8"),
+    ]
+
+
+def test_all_at_once_on_the_host_and_on_the_device_equal_the_loop(tmp_path):
+    rng = np.random.default_rng(1)
+    for images in same_shape_sets(tmp_path):
+        assert images.shape is not None
+        indices, draws = rng.integers(0, 9, 32), rng.random((32, 3))
+        placed = place_images(images, torch.device("cpu"), "yes")
+        assert placed.on_device is not None
+        for flip in (False, True):
+            expected = flat((images, indices, draws), flip=flip)
+            for found in (images.gather(indices, draws, flip), placed.gather(indices, draws, flip)):
+                assert found.dtype == expected.dtype
+                assert torch.equal(found, expected)
+        again = images.gather(indices, draws, True)
+        assert torch.equal(again, flat((images, indices, draws), flip=True)), "the cache changed"
+
+
+def test_skipped_files_leave_no_hole_where_all_have_one_shape(tiny_images):
+    clean = load(tiny_images, center_crop=True)
+    images = load(corrupt(tiny_images), center_crop=True, corrupt_images="skip")
+    assert images.shape is not None
+    draws = np.zeros((10, 3))
+    kept = [i for i in range(12) if i not in (5, 7)]
+    assert torch.equal(images.gather(np.arange(10), draws, False),
+                       clean.gather(np.array(kept), draws, False))  # fmt: skip
+
+
+def test_images_of_several_shapes_do_not_go_to_the_device(tmp_path):
+    save(tmp_path / "x", "a.png", np.zeros((8, 12), np.uint8))
+    images = load(save(tmp_path / "x", "b.png", np.zeros((12, 8), np.uint8)))
+    assert place_images(images, torch.device("cpu"), "auto") is images
+    with pytest.raises(InputError, match="data_on_device yes needs images of one shape.*center"):
+        place_images(images, torch.device("cpu"), "yes")
+
+
+@pytest.mark.parametrize("wanted", ["auto", "no"])
+def test_images_stay_in_the_hosts_memory(numbered, wanted):
+    assert place_images(numbered, torch.device("cpu"), wanted) is numbered
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_small_set_goes_to_the_gpu_by_itself(tiny_images):
+    images = load(tiny_images)
+    placed = place_images(images, torch.device("cuda"), "auto")
+    batches = [ImageStream(s, 0, 8, True).batch(1).images for s in (images, placed)]
+    assert batches[1].device.type == "cuda"
+    assert torch.equal(batches[0], batches[1].cpu())
+
+
+# What is said of a set
+
+
+def test_the_size_is_announced(tmp_path, tiny_images):
+    embedded = load_images(TrainingConfig(dataset_name="embedded", resolution="28"))
+    assert embedded.describe() == "6000 grey images, 28x28, 4.7 MB decoded"
+    assert embedded.nbytes == 6000 * 28 * 28
+    assert load(tiny_images, center_crop=True).describe() == ("12 RGB images, 8x8, 0.0 MB decoded")
+    assert load(tiny_images).describe().endswith("decoded; kept at 8x10 for random crops")
+
+
+def test_images_of_several_shapes_are_said_to_be_kept_so(tmp_path):
+    for i, shape in enumerate(((8, 11), (10, 8), (8, 9))):
+        save(tmp_path / "x", f"{i}.png", np.zeros(shape, np.uint8))
+    assert load(tmp_path / "x").describe() == (
+        "3 grey images, 8x8, 0.0 MB decoded; kept at their resized shapes for random crops "
+        "(10x8 to 8x11)"
+    )
+
+
+def test_a_view_of_nothing():
+    assert len(view(pa.array([], pa.int8()))) == 0
+
+
+def test_a_set_smaller_than_a_batch_is_refused(numbered):
+    check_batch(numbered, 10)
+    with pytest.raises(InputError, match="10 images, fewer than the global batch of 11: choose"):
+        check_batch(numbered, 11)
+
+
+# Classes
+
+
+def classes(path, **settings):
+    settings = {"resolution": "8", "class_conditional": True, **settings}
+    return load_images(TrainingConfig(dataset_name=str(path), **settings))
+
+
+def labelled(path, labels, feature, **more):
+    """A parquet file of images; image i has the grey value i and labels[i]."""
+    pictures = [Image.fromarray(np.full((8, 8), i, np.uint8)) for i in range(len(labels))]
+    features = {"image": datasets.Image(), "label": feature, **dict.fromkeys(more, feature)}
+    return parquet(path, features, image=pictures, label=labels, **more)
+
+
+def test_classes_come_with_their_images(tmp_path):
+    names = ["cat", "dog", "owl"]
+    path = labelled(tmp_path / "x.parquet", [2, 0, 1, 0], datasets.ClassLabel(names=names))
+    images = classes(path)
+    assert (images.num_classes, images.class_names) == (3, names)
+    assert images.labels(np.array([3, 0, 2])).tolist() == [0, 2, 1]
+    assert images.describe().endswith(", 3 classes")
+    batch = ImageStream(images, seed=0, global_batch_size=4, flip=False).batch(0)
+    assert batch.labels.dtype == np.int64
+    assert [[2, 0, 1, 0][grey] for grey in seen(batch)] == batch.labels.tolist()
+
+
+def test_without_class_conditional_there_are_no_classes(tmp_path):
+    path = labelled(tmp_path / "x.parquet", [0, 1], datasets.ClassLabel(num_classes=2))
+    images = classes(path, class_conditional=False)
+    assert (images.num_classes, images.class_names) == (None, None)
+    assert ImageStream(images, 0, 2, False).batch(0).labels is None
+
+
+def test_integers_called_label_are_classes_without_names(tmp_path):
+    images = classes(labelled(tmp_path / "x.parquet", [4, 0], datasets.Value("int32")))
+    assert (images.num_classes, images.class_names) == (5, None)
+
+
+def test_sub_folders_are_classes(tmp_path):
+    """Also where file names look like splits."""
+    for name in ("owl", "cat"):
+        (tmp_path / "x" / name).mkdir(parents=True)
+        for i in range(2):
+            save(tmp_path / "x" / name, f"test_{i}.png", np.full((8, 8), len(name), np.uint8))
+    images = load(tmp_path / "x", class_conditional=True)
+    assert images.class_names == ["cat", "owl"]
+    assert sorted(images.labels(np.arange(4))) == [0, 0, 1, 1]
+
+
+def test_the_fingerprint_knows_the_classes(tmp_path):
+    kind = datasets.ClassLabel(num_classes=2)
+    paths = [labelled(tmp_path / f"{i}.parquet", [0, i], kind) for i in range(2)]
+    conditional = [classes(path).fingerprint() for path in paths]
+    assert conditional[0] != conditional[1]
+    plain = [classes(path, class_conditional=False).fingerprint() for path in paths]
+    assert plain[0] == plain[1]
+
+
+@pytest.mark.parametrize("labels", [[0, 3, 1], [0, -1, 1], [0, None, 1]])
+def test_a_class_out_of_range_names_its_row(tmp_path, labels):
+    # ClassLabel refuses 3 when it writes; others do not.
+    kind = datasets.Value("int64")
+    path = labelled(tmp_path / "plain.parquet", labels, kind)
+    table = datasets.load_dataset("parquet", data_files=path, split="train")
+    features = table.features | {"label": datasets.ClassLabel(num_classes=3)}
+    info = datasets.DatasetInfo(features=datasets.Features(features))
+    datasets.Dataset(table.data.table, info=info).save_to_disk(tmp_path / "set")
+    with pytest.raises(InputError, match=rf"must be 0 to 2; row 1 has {labels[1]}: mend it"):
+        classes(tmp_path / "set")
+
+
+@pytest.mark.parametrize("label", [-2, None])
+def test_integers_that_are_no_classes(tmp_path, label):
+    path = labelled(tmp_path / "x.parquet", [0, 1, label], datasets.Value("int64"))
+    with pytest.raises(InputError, match=f"must be at least 0; row 2 has {label}"):
+        classes(path)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "wanted", "message"),
+    [
+        ({}, None, "class_conditional needs a column of classes; the columns are .*image"),
+        ({"n": "int64"}, None, "needs a column of classes.*--label_column"),
+        ({"label": "int64", "labels": "int8"}, None, r"several columns of classes, \['label', 'l"),
+        ({"label": "int64"}, "lable", "must be one of the columns .*'lable'. Did you mean 'label'"),
+        ({"label": "string"}, "label", "label_column 'label' must hold classes as integers"),
+    ],
+)
+def test_no_clear_column_of_classes(tmp_path, kinds, wanted, message):
+    features = {"image": datasets.Image()} | {k: datasets.Value(v) for k, v in kinds.items()}
+    picture = Image.fromarray(np.zeros((8, 8), np.uint8))
+    cells = {k: ["a" if v == "string" else 0] for k, v in kinds.items()}
+    path = parquet(tmp_path / "x.parquet", features, image=[picture], **cells)
+    with pytest.raises(InputError, match=message) as caught:
+        classes(path, label_column=wanted)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_named_column_of_classes(tmp_path):
+    path = labelled(tmp_path / "x.parquet", [0, 1], datasets.Value("int64"), kind=[3, 2])
+    assert classes(path, label_column="kind").labels(np.arange(2)).tolist() == [3, 2]
+
+
+# Images not trained on
+
+
+def greys(images):
+    return [int(images.pixels(i)[0, 0, 0]) for i in range(len(images))]
+
+
+def held_out(folder, fraction, **settings):
+    settings = dict(train_data_dir=str(folder), resolution="8", held_out=fraction, **settings)
+    config = TrainingConfig(**settings)
+    return split_held_out(config, load_images(config))
+
+
+def test_nothing_is_held_out_unless_asked(numbered, tmp_path):
+    images, held = held_out(tmp_path / "n", 0)
+    assert len(images) == 10
+    assert held is None
+
+
+def test_a_fraction_is_held_out_of_training_the_same_for_every_seed(numbered, tmp_path):
+    images, held = held_out(tmp_path / "n", 0.3)
+    assert (len(images), len(held)) == (7, 3)
+    assert sorted(greys(images) + greys(held)) == list(range(10))
+    other, other_held = held_out(tmp_path / "n", 0.3, seed=1)
+    assert greys(other_held) == greys(held)
+    assert greys(other) == greys(images)
+    stream = ImageStream(images, seed=0, global_batch_size=7, flip=False)
+    assert sorted(seen(stream.batch(0))) == sorted(greys(images))
+    whole, _ = held_out(tmp_path / "n", 0)
+    assert images.fingerprint() != whole.fingerprint()
+
+
+def test_what_is_held_out_was_decodable(tiny_images):
+    images, held = held_out(corrupt(tiny_images), 0.2, corrupt_images="skip")
+    assert (len(images), len(held)) == (8, 2)
+    pixels = [s.pixels(i).tobytes() for s in (images, held) for i in range(len(s))]
+    assert len(set(pixels)) == 10
+
+
+def test_something_must_be_held_out(numbered, tmp_path):
+    with pytest.raises(InputError, match="at least one image; 0.01 of 10 is none"):
+        held_out(tmp_path / "n", 0.01)
+
+
+@pytest.mark.parametrize(("folder", "split"), [("test", "test"), ("val", "validation")])
+def test_a_test_split_is_what_is_held_out(tmp_path, folder, split):
+    for name, values in (("train", (1, 2, 3)), (folder, (8, 9))):
+        (tmp_path / "x" / name).mkdir(parents=True)
+        for value in values:
+            save(tmp_path / "x" / name, f"{value}.png", np.full((8, 8), value, np.uint8))
+    images, held = held_out(tmp_path / "x", 0.5)
+    assert (greys(images), greys(held)) == ([1, 2, 3], [8, 9])
+    images, held = held_out(tmp_path / "x", 0.4, split=f"train+{split}")  # it is trained on
+    assert sorted(greys(images) + greys(held)) == [1, 2, 3, 8, 9]
+
+
+def test_a_large_test_split_gives_2000_spread_images(monkeypatch):
+    monkeypatch.setattr("ddpm_hf.data.HELD_OUT_MOST", 20)
+    config = TrainingConfig(
+        dataset_name="embedded", resolution="28", held_out=0.01, class_conditional=True
+    )
+    images, held = split_held_out(config, load_images(config))
+    assert (len(images), len(held)) == (6000, 20)
+    assert len(set(held.labels(np.arange(20)))) >= 5
+
+
+def test_saved_splits_with_classes_are_found(tmp_path):
+    def part(names, labels):
+        pictures = [Image.fromarray(np.zeros((8, 8), np.uint8))] * len(labels)
+        features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+        return datasets.Dataset.from_dict(
+            {"image": pictures, "label": labels}, features=datasets.Features(features)
+        )
+
+    def split(folder, test_names):
+        parts = {"train": part(["a", "b"], [0, 1, 1]), "dev": part(test_names, [0])}
+        datasets.DatasetDict(parts).save_to_disk(folder)
+        config = TrainingConfig(
+            dataset_name=str(folder), resolution="8", held_out=0.01, class_conditional=True
+        )
+        return split_held_out(config, load_images(config))
+
+    images, held = split(tmp_path / "same", ["a", "b"])
+    assert (len(images), len(held), held.num_classes) == (3, 1, 2)
+    with pytest.raises(InputError, match="held_out: the split 'dev' has the classes"):
+        split(tmp_path / "other", ["a", "c"])

@@ -3,19 +3,23 @@
 Every image is decoded, composited and resized once, by `datasets`' own `map`, and kept as bytes in
 its Arrow cache; a batch is gathered from views of that memory. What image i of batch k is, and how
 it is cropped and flipped, is drawn from (seed, epoch) and (seed, step): any number of processes
-draws the same, and resuming is starting at another step.
+draws the same, and resuming is starting at another step. Nothing here grows with the number of
+images: the order of an epoch is a keyed permutation, computed place by place.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from PIL import Image, ImageColor
 from torch import Tensor
@@ -25,14 +29,31 @@ from .errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
-DECODER_VERSION = 1
+DECODER_VERSION = 2
 """Part of the cache key: raise it when `decode_row` or what it calls changes its result."""
 
 FASHION_MNIST = Path(__file__).parent / "fashion_mnist"
 
+SHAPE = ("channels", "height", "width", "deep")
+"""Columns beside an image's pixels; `deep` is 1 where the source has more than 8 bits."""
+
 AUGMENTATION_STREAM, ORDER_STREAM = 1, 2
 """Random streams of one seed, kept apart."""
+
+HELD_OUT_KEY = (0, 9)
+"""What is held out is the same for every seed of a run."""
+
+HELD_OUT_SPLITS = ("test", "validation", "valid", "val", "dev")
+HELD_OUT_MOST = 2000
+"""So many images of a test split are enough: the loss is measured every few hundred steps."""
+
+FEISTEL_ROUNDS = 8
+"""Four are enough for a large domain (Luby & Rackoff 1988); small ones need more."""
+
+CHUNK_BYTES, CHUNK_ROWS = 2**26, 10_000
+"""At most so much is decoded between two writes: few, large chunks, and little memory."""
 
 
 class Batch(NamedTuple):
@@ -42,10 +63,12 @@ class Batch(NamedTuple):
         images: (B, C, H, W), uint8 in [0, 255], or float32 in [-1, 1] where a source is deeper than
             8 bits.
         positions: (B,) int64, each image's place in the endless stream of training images.
+        labels: (B,) int64, each image's class, or None where no classes are trained on.
     """
 
     images: Tensor
     positions: np.ndarray
+    labels: np.ndarray | None = None
 
 
 def to_network(images: Tensor) -> Tensor:
@@ -103,15 +126,17 @@ def decode_row(
     index: int,
     *,
     column: str,
+    label_column: str | None,
     size: tuple[int, int],
     centre: bool,
     background: tuple[int, int, int],
     version: int,
 ) -> dict[str, Any]:
-    """One row of the image set, decoded for good: bytes and shape, or what is wrong with it."""
+    """One row of the image set, decoded for good: bytes, shape, class, or what is wrong with it."""
     from datasets import Image as ImageFeature
 
     cell = row[column]
+    label = {} if label_column is None else {"label": row[label_column]}
     try:
         if cell is None:
             raise ValueError("the cell is empty")
@@ -119,22 +144,42 @@ def decode_row(
         deep = image.mode not in ("L", "RGB")
         image = resize_to_cover(deep_to_unit(image) if deep else image, size, centre)
         pixels = np.asarray(image)
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     # Pillow raises whatever its decoders do on broken bytes; the caller names the file and what was
     # raised.
     except Exception as error:  # noqa: BLE001
         name = (cell or {}).get("path") or f"row {index}"
         fault = f"{name} ({type(error).__name__}: {' '.join(str(error).split())})"
-        return dict(pixels=b"", height=0, width=0, channels=0, deep=False, fault=fault)
+        return dict(pixels=b"", **dict.fromkeys(SHAPE), fault=fault, **label)
     if deep:  # bicubic overshoots
         pixels = pixels.clip(-1, 1)
-    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
-    height, width = pixels.shape[:2]
-    return dict(
-        pixels=pixels.tobytes(), height=height, width=width, channels=channels, deep=deep, fault=""
-    )
+    shape = dict(zip(SHAPE, (*pixels.shape, deep), strict=True))
+    return dict(pixels=pixels.tobytes(), **shape, fault=None, **label)
 
 
 # A set of images
+
+
+class Chunk(NamedTuple):
+    """Views of one Arrow record batch of decoded images.
+
+    Attributes:
+        bounds: Where each image begins in `data`, and where the last ends, (rows + 1,).
+        data: All pixels, bytes.
+        shapes: The columns `SHAPE`, each (rows,).
+        labels: Classes, (rows,), or None.
+    """
+
+    bounds: np.ndarray
+    data: np.ndarray
+    shapes: tuple[np.ndarray, ...]
+    labels: np.ndarray | None
+
+    def pixels(self, row: int) -> np.ndarray:
+        """One image, (channels, height, width), uint8 or float32 in [-1, 1]."""
+        *shape, deep = (int(values[row]) for values in self.shapes)
+        flat = self.data[self.bounds[row] : self.bounds[row + 1]]
+        return flat.view(np.float32 if deep else np.uint8).reshape(shape)
 
 
 @dataclass
@@ -142,57 +187,122 @@ class ImageSet:
     """Decoded images, read as views of the Arrow cache.
 
     Attributes:
-        table: Columns pixels (bytes), height, width, channels, deep, one row an image.
-        rows: Rows of `table` in use, (N,).
+        table: Columns pixels (bytes), channels, height, width, deep, and label where classes are
+            trained on; one row an image.
         size: (height, width) of a batch's images.
         channels: 1 or 3.
+        left_out: Rows of `table` that are not in use, ascending.
         faults: What could not be decoded, and why.
+        num_classes: How many classes there are, or None where none are trained on.
+        class_names: Their names, where the data set has them.
+        on_device: All images in a device's memory, (N, channels, height, width): see
+            `place_images`.
     """
 
     table: datasets.Dataset
-    rows: np.ndarray
     size: tuple[int, int]
     channels: int
+    left_out: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     faults: list[str] = field(default_factory=list)
+    num_classes: int | None = None
+    class_names: list[str] | None = None
+    on_device: Tensor | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.table) - len(self.left_out)
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """The row of the table of each image, (B,): the i-th of those that are in use."""
+        return indices + np.searchsorted(self._gaps, indices, side="right")
 
     @cached_property
-    def _shapes(self) -> np.ndarray:
-        """(rows, 4) of height, width, channels, deep."""
-        columns = ("height", "width", "channels", "deep")
-        return np.stack([self.table.data.column(name).to_numpy() for name in columns], 1).astype(
-            np.int64
-        )
+    def _gaps(self) -> np.ndarray:
+        """How many images come before each row that is left out."""
+        return self.left_out - np.arange(len(self.left_out))
 
     @cached_property
-    def _chunks(self) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-        """First row of each Arrow chunk, and each chunk's (offsets, bytes)."""
-        chunks = self.table.data.column("pixels").chunks
-        views = []
-        for chunk in chunks:
-            _, offsets, data = chunk.buffers()
-            offsets = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
-            views.append((offsets, np.frombuffer(data, np.uint8)))
-        return np.cumsum([0, *map(len, chunks)]), views
+    def _chunks(self) -> tuple[np.ndarray, list[Chunk]]:
+        """First row of each chunk, and the chunks."""
+        batches = [batch for batch in self.table.data.to_batches() if len(batch)]
+        chunks = []
+        for batch in batches:
+            pixels = batch.column("pixels")
+            _, bounds, data = pixels.buffers()
+            bounds = np.frombuffer(bounds, np.int64)[pixels.offset :][: len(pixels) + 1]
+            data = np.frombuffer(data, np.uint8) if data.size else np.empty(0, np.uint8)
+            shapes = tuple(view(batch.column(name)) for name in SHAPE)
+            labels = view(batch.column("label")) if "label" in batch.schema.names else None
+            chunks.append(Chunk(bounds, data, shapes, labels))
+        return np.cumsum([0, *map(len, batches)])[:-1], chunks
+
+    def _locate(self, indices: np.ndarray) -> Iterator[tuple[Chunk, int]]:
+        """Each image's chunk and its row there."""
+        starts, chunks = self._chunks
+        rows = self.rows(indices)
+        which = np.searchsorted(starts, rows, side="right") - 1
+        for k, row in zip(which.tolist(), (rows - starts[which]).tolist(), strict=True):
+            yield chunks[k], row
 
     def pixels(self, i: int) -> np.ndarray:
-        """Image i as a read-only view, (height, width, channels), uint8 or float32 in [-1, 1]."""
-        row = self.rows[i]
-        starts, views = self._chunks
-        chunk = int(np.searchsorted(starts, row, side="right")) - 1
-        offsets, data = views[chunk]
-        begin, end = offsets[row - starts[chunk]], offsets[row - starts[chunk] + 1]
-        height, width, channels, deep = self._shapes[row]
-        return (
-            data[begin:end].view(np.float32 if deep else np.uint8).reshape(height, width, channels)
-        )
+        """Image i as a read-only view, (channels, height, width), uint8 or float32 in [-1, 1]."""
+        ((chunk, row),) = self._locate(np.array([i]))
+        return chunk.pixels(row)
+
+    def labels(self, indices: np.ndarray) -> np.ndarray | None:
+        """Classes of images, (B,) int64, or None where none are trained on."""
+        if self.num_classes is None:
+            return None
+        return np.array([chunk.labels[row] for chunk, row in self._locate(indices)])
+
+    # Facts about all images
+
+    def _span(self, name: str) -> tuple[int, int]:
+        """Least and greatest value of a column."""
+        span = pc.min_max(self.table.data.column(name)).as_py()
+        return span["min"], span["max"]
 
     @cached_property
     def deep(self) -> bool:
-        """Whether a source has more than 8 bits, so that batches are float32."""
-        return bool(self._shapes[self.rows, 3].any())
+        """Whether a source has more than 8 bits: batches are float32 then."""
+        return bool(self._span("deep")[1])
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int] | None:
+        """(channels, height, width) where it and the depth are those of all images, or None."""
+        spans = [self._span(name) for name in SHAPE]
+        if any(low != high for low, high in spans):
+            return None
+        return tuple(low for low, _ in spans[:3])
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all pixels as they are kept."""
+        return sum(int(chunk.bounds[-1] - chunk.bounds[0]) for chunk in self._chunks[1])
+
+    def describe(self) -> str:
+        """Number, kind and size of the images, one line."""
+        (height, width), kind = self.size, "RGB" if self.channels == 3 else "grey"
+        heights, widths = self._span("height"), self._span("width")
+        line = f"{len(self)} {kind} images, {height}x{width}, {self.nbytes / 1e6:.1f} MB decoded"
+        if self.num_classes:
+            line += f", {self.num_classes} classes"
+        if heights[0] == heights[1] and widths[0] == widths[1]:
+            larger = (heights[0], widths[0]) != self.size
+            return line + f"; kept at {heights[0]}x{widths[0]} for random crops" * larger
+        tallest, widest = f"{heights[1]}x{widths[0]}", f"{heights[0]}x{widths[1]}"
+        return f"{line}; kept at their resized shapes for random crops ({tallest} to {widest})"
+
+    def fingerprint(self) -> str:
+        """A short hash: all shapes and classes, and the pixels of 64 images spread over the set."""
+        digest = hashlib.sha256(self.left_out.tobytes())
+        for name in [*SHAPE, *(["label"] if self.num_classes else [])]:
+            for chunk in self.table.data.column(name).chunks:
+                digest.update(view(chunk.drop_null()))
+        for i in np.linspace(0, len(self) - 1, 64).round().astype(int):
+            digest.update(self.pixels(i).tobytes())
+        return digest.hexdigest()[:16]
+
+    # Batches
 
     def gather(self, indices: np.ndarray, draws: np.ndarray, flip: bool) -> Tensor:
         """Images cropped to `size`, and flipped, by uniform draws.
@@ -203,40 +313,143 @@ class ImageSet:
             flip: Flip where the third draw is below a half.
 
         Returns:
-            (B, C, H, W), uint8, or float32 in [-1, 1] for a deep set.
+            (B, C, H, W), uint8, or float32 in [-1, 1] for a deep set; on the device where the set
+            is.
         """
-        height, width = self.size
-        out = np.empty(
-            (len(indices), self.channels, height, width), np.float32 if self.deep else np.uint8
-        )
-        for k, (i, (top, left, mirror)) in enumerate(zip(indices, draws, strict=True)):
-            pixels = self.pixels(i)
-            y, x = (
-                int(top * (pixels.shape[0] - height + 1)),
-                int(left * (pixels.shape[1] - width + 1)),
-            )
-            crop = pixels[y : y + height, x : x + width]
-            if flip and mirror < 0.5:
-                crop = crop[:, ::-1]
-            if self.deep and crop.dtype == np.uint8:
-                crop = crop / np.float32(127.5) - 1
-            if crop.shape[2] > self.channels:
-                crop = luma(crop)
-            out[k] = crop.transpose(2, 0, 1)  # one channel broadcasts to three
-        return torch.from_numpy(out)
+        if self.shape is None:
+            kind = dict(channels=self.channels, deep=self.deep)
+            views = [chunk.pixels(row) for chunk, row in self._locate(indices)]
+            return crop_each(views, draws, self.size, flip=flip, **kind)
+        if self.on_device is None:
+            crops = crop_equal(self.stack(indices), draws, self.size, flip=flip)
+        else:
+            whole = self.on_device[torch.from_numpy(indices).to(self.on_device.device)]
+            crops = crop_on_device(whole, draws, self.size, flip=flip)
+        return crops.expand(-1, self.channels, -1, -1).contiguous()
 
-    def fingerprint(self) -> str:
-        """A short hash: all shapes, and the decoded pixels of 64 images spread over the set."""
-        digest = hashlib.sha256(self._shapes[self.rows].tobytes())
-        for i in np.linspace(0, len(self) - 1, 64).round().astype(int):
-            digest.update(self.pixels(i).tobytes())
-        return digest.hexdigest()[:16]
+    def stack(self, indices: np.ndarray) -> np.ndarray:
+        """Whole images of a set of one shape, (B, channels, height, width), grey as asked for."""
+        assert self.shape is not None
+        out = np.empty((len(indices), *self.shape), np.float32 if self.deep else np.uint8)
+        as_bytes = out.reshape(len(indices), -1).view(np.uint8)
+        for k, (chunk, row) in enumerate(self._locate(indices)):
+            as_bytes[k] = chunk.data[chunk.bounds[row] : chunk.bounds[row + 1]]
+        return luma(out) if out.shape[1] > self.channels else out
+
+
+def view(column: pa.Array) -> np.ndarray:
+    """An Arrow array of numbers as numpy sees it, without a copy; nulls are any number."""
+    dtype = np.dtype(column.type.to_pandas_dtype())
+    if not len(column):
+        return np.empty(0, dtype)
+    return np.frombuffer(column.buffers()[1], dtype, len(column), column.offset * dtype.itemsize)
+
+
+def crop_each(
+    images: Sequence[np.ndarray],
+    draws: np.ndarray,
+    size: tuple[int, int],
+    *,
+    flip: bool,
+    channels: int,
+    deep: bool,
+) -> Tensor:
+    """Images (C, height, width) of any shapes, cropped and flipped: see `ImageSet.gather`.
+
+    Returns:
+        (B, channels, H, W), float32 in [-1, 1] if `deep`, else uint8.
+    """
+    out = np.empty((len(images), channels, *size), np.float32 if deep else np.uint8)
+    height, width = size
+    for k, (pixels, (top, left, mirror)) in enumerate(zip(images, draws, strict=True)):
+        y, x = int(top * (pixels.shape[1] - height + 1)), int(left * (pixels.shape[2] - width + 1))
+        crop = pixels[:, y : y + height, x : x + width]
+        if flip and mirror < 0.5:
+            crop = crop[..., ::-1]
+        if deep and crop.dtype == np.uint8:
+            crop = crop / np.float32(127.5) - 1
+        if not deep and crop.dtype == np.float32:
+            crop = ((crop + 1) * np.float32(127.5)).round().astype(np.uint8)
+        out[k] = luma(crop) if len(crop) > channels else crop  # one channel broadcasts to three
+    return torch.from_numpy(out)
+
+
+def crop_equal(
+    images: np.ndarray, draws: np.ndarray, size: tuple[int, int], *, flip: bool
+) -> Tensor:
+    """As `crop_each`, all at once, for images of one shape, (B, C, height, width), written over."""
+    spare = np.array(images.shape[2:]) - size
+    if spare.any():
+        top, left = (draws[:, :2] * (spare + 1)).astype(np.int64).T
+        windows = np.lib.stride_tricks.sliding_window_view(images, size, (2, 3))
+        images = windows[np.arange(len(images)), :, top, left]
+    if flip:
+        mirrored = draws[:, 2] < 0.5
+        images[mirrored] = images[mirrored][..., ::-1]
+    return torch.from_numpy(images)
+
+
+def crop_on_device(
+    images: Tensor, draws: np.ndarray, size: tuple[int, int], *, flip: bool
+) -> Tensor:
+    """As `crop_equal`, where the images are; nothing waits for the device."""
+    spare, device = np.array(images.shape[2:]) - size, images.device
+    if spare.any():
+        corners = (draws[:, :2] * (spare + 1)).astype(np.int64)
+        top, left = torch.from_numpy(corners).to(device).unbind(1)
+        windows = images.unfold(2, size[0], 1).unfold(3, size[1], 1)
+        images = windows[torch.arange(len(images), device=device), :, top, left]
+    if flip:
+        mirrored = torch.from_numpy(draws[:, 2] < 0.5).to(device)
+        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    return images
 
 
 def luma(pixels: np.ndarray) -> np.ndarray:
-    """RGB to grey by ITU-R 601, as Pillow does it: (..., 3) -> (..., 1), the same dtype."""
-    grey = pixels.astype(np.float32) @ np.array([[0.299], [0.587], [0.114]], np.float32)
+    """RGB to grey by ITU-R 601, as Pillow does it: (..., 3, H, W) -> (..., 1, H, W)."""
+    # Not a matrix product: its rounding depends on how many images there are.
+    red, green, blue = np.split(pixels.astype(np.float32), 3, axis=-3)
+    grey = np.float32(0.299) * red + np.float32(0.587) * green + np.float32(0.114) * blue
     return grey.round().astype(np.uint8) if pixels.dtype == np.uint8 else grey
+
+
+def place_images(images: ImageSet, device: torch.device, wanted: str) -> ImageSet:
+    """The images as they are, or with a copy of all of them in the device's memory.
+
+    Args:
+        images: The set.
+        device: Where batches are needed.
+        wanted: no; yes; or auto: on a GPU, where they take at most a fifth of its free memory.
+
+    Raises:
+        InputError: yes, for images of several shapes or depths.
+    """
+    if wanted == "auto":
+        fits = images.shape is not None and device.type == "cuda"
+        wanted = fits and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 5 and "yes"
+    if wanted != "yes":
+        return images
+    if images.shape is None:
+        raise InputError(
+            "data_on_device yes needs images of one shape and depth; these differ: add "
+            "--center_crop, or choose --data_on_device auto"
+        )
+    first = images.stack(np.arange(1))
+    whole = torch.empty(
+        (len(images), *first.shape[1:]), dtype=torch.from_numpy(first).dtype, device=device
+    )
+    for indices in np.array_split(np.arange(len(images)), len(images) // 4096 + 1):
+        whole[indices[0] : indices[-1] + 1] = torch.from_numpy(images.stack(indices))
+    return replace(images, on_device=whole)
+
+
+def check_batch(images: ImageSet, global_batch_size: int) -> None:
+    """Raise InputError for a set that is smaller than one global batch."""
+    if len(images) < global_batch_size:
+        raise InputError(
+            f"the image set has {len(images)} images, fewer than the global batch of "
+            f"{global_batch_size}: choose a smaller --train_batch_size"
+        )
 
 
 def open_dataset(config: TrainingConfig) -> datasets.Dataset:
@@ -257,12 +470,15 @@ def open_dataset(config: TrainingConfig) -> datasets.Dataset:
     if folder and not os.path.isdir(folder):
         raise InputError(f"train_data_dir must be a folder of images; got {folder!r}")
     options = dict(split=config.split, cache_dir=config.cache_dir)
+    splits = split_names(config.split)
     try:
         if folder:
             # `datasets` reads splits out of file names (test_1.png); here a folder is one set,
             # unless it has a sub-folder for the split.
-            split = config.split.split("[")[0]
-            files = {} if os.path.isdir(os.path.join(folder, split)) else {split: "**"}
+            words = datasets.data_files.SPLIT_KEYWORDS
+            names = [name for split in splits for name in words.get(split, [split])]
+            has_splits = any(os.path.isdir(os.path.join(folder, name)) for name in names)
+            files = {} if has_splits else {splits[0]: "**"}
             return datasets.load_dataset(
                 "imagefolder", data_dir=folder, data_files=files or None, **options
             )
@@ -270,9 +486,7 @@ def open_dataset(config: TrainingConfig) -> datasets.Dataset:
             files = {split: str(FASHION_MNIST / f"{split}.parquet") for split in ("train", "test")}
             return datasets.load_dataset("parquet", data_files=files, **options)
         if name.endswith(".parquet"):
-            return datasets.load_dataset(
-                "parquet", data_files={config.split.split("[")[0]: name}, **options
-            )
+            return datasets.load_dataset("parquet", data_files={splits[0]: name}, **options)
         if os.path.isfile(os.path.join(name, "dataset_info.json")) or os.path.isfile(
             os.path.join(name, "dataset_dict.json")
         ):
@@ -289,6 +503,11 @@ def open_dataset(config: TrainingConfig) -> datasets.Dataset:
     ) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"cannot load the image set {folder or name!r}: {reason}") from error
+
+
+def split_names(split: str) -> list[str]:
+    """The splits in an expression of `datasets`: train[:10%]+test -> train, test."""
+    return [part.split("[")[0] for part in split.split("+")]
 
 
 def from_disk(folder: str, split: str) -> datasets.Dataset:
@@ -328,76 +547,270 @@ def find_image_column(features: datasets.Features, wanted: str | None) -> str:
     return found[0]
 
 
+def find_label_column(features: datasets.Features, wanted: str | None) -> str:
+    """The column of classes: `wanted`, or the only ClassLabel, or integers called label(s).
+
+    Raises:
+        InputError: no such column, one of another type, none, or several.
+    """
+    import datasets
+
+    named = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    integers = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, datasets.Value) and "int" in feature.dtype
+    ]
+    found = named or [name for name in ("label", "labels") if name in integers]
+    if wanted is not None and wanted not in features:
+        raise InputError(
+            f"label_column must be one of the columns {list(features)}; got {wanted!r}."
+            f"{did_you_mean(wanted, features)}"
+        )
+    if wanted is not None and wanted not in named + integers:
+        raise InputError(
+            f"label_column {wanted!r} must hold classes as integers; it holds {features[wanted]}"
+        )
+    if wanted is not None:
+        return wanted
+    if not found:
+        raise InputError(
+            f"class_conditional needs a column of classes; the columns are {dict(features)}: name "
+            "one with --label_column, or put the images of each class into a sub-folder"
+        )
+    if len(found) > 1:
+        raise InputError(
+            f"the data set has several columns of classes, {found}: choose one with --label_column"
+        )
+    return found[0]
+
+
 def load_images(config: TrainingConfig) -> ImageSet:
     """Load and decode an image set; the second time it comes from `datasets`' cache.
 
     Raises:
-        InputError: the set cannot be loaded or has no images, or files are corrupt and
-            `corrupt_images` is raise.
+        InputError: the set cannot be loaded, has no images or not the classes that are asked for,
+            or files are corrupt and `corrupt_images` is raise.
     """
-    table = decode(open_dataset(config), config)
-    faults = [fault for fault in table.data.column("fault").to_pylist() if fault]
-    if faults and config.corrupt_images == "raise":
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        named = "; ".join(faults[:5])
-        raise InputError(
-            f"{len(faults)} of {len(table)} images cannot be decoded: {named}{more}. "
-            "Mend or remove them, or leave them out with --corrupt_images skip"
-        )
-    rows = np.flatnonzero(table.data.column("height").to_numpy() > 0)
-    if not len(rows):
-        raise InputError(f"the image set has no images that can be decoded ({len(table)} rows)")
-    most = int(table.data.column("channels").to_numpy()[rows].max())
-    channels = {"auto": most, "L": 1, "RGB": 3}[config.image_mode]
-    return ImageSet(table, rows, config.image_size, channels, faults)
+    return decode_all(open_dataset(config), config)
 
 
-def decode(source: datasets.Dataset, config: TrainingConfig) -> datasets.Dataset:
+def decode_all(source: datasets.Dataset, config: TrainingConfig) -> ImageSet:
     """Every row through `decode_row`, once: cached by its arguments and the data."""
     import datasets
 
+    label_column = None
+    if config.class_conditional:
+        label_column = find_label_column(source.features, config.label_column)
+    function = row_decoder(source.features, config, label_column)
+    column = function.keywords["column"]
+    kinds = dict(
+        pixels="large_binary",
+        height="int32",
+        width="int32",
+        channels="int8",
+        deep="int8",
+        fault="string",
+    )
+    if label_column:
+        kinds["label"] = "int64"
+    height, width = config.image_size
+    columns = [column, label_column] if label_column else [column]
+    encoded = source.select_columns(columns).cast_column(column, datasets.Image(decode=False))
+    table = encoded.map(
+        function,
+        with_indices=True,
+        remove_columns=columns,
+        features=datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()}),
+        num_proc=config.dataloader_num_workers or None,
+        writer_batch_size=min(CHUNK_ROWS, CHUNK_BYTES // (3 * height * width) + 1),
+        desc=f"Decoding {len(source)} images",
+    )
+    faults = find_faults(table, config)
+    left_out = np.flatnonzero(table.data.column("height").is_null()) if faults else []
+    most = pc.max(table.data.column("channels")).as_py()
+    classes = count_classes(table, source.features[label_column]) if label_column else None
+    return ImageSet(
+        table,
+        config.image_size,
+        {"auto": most, "L": 1, "RGB": 3}[config.image_mode],
+        left_out=np.array(left_out, np.int64),
+        faults=faults,
+        num_classes=classes,
+        class_names=getattr(source.features.get(label_column), "names", None),
+    )
+
+
+def row_decoder(
+    features: datasets.Features, config: TrainingConfig, label_column: str | None
+) -> partial:
+    """`decode_row` with all but its row.
+
+    Raises:
+        InputError: no column of images or several, or a background that is no colour.
+    """
     try:
         background = ImageColor.getrgb(config.background)[:3]
     except ValueError as error:
         raise InputError(
             f"background must be a colour name or #rrggbb; got {config.background!r}"
         ) from error
-    column = find_image_column(source.features, config.image_column)
-    function = partial(
+    return partial(
         decode_row,
-        column=column,
+        column=find_image_column(features, config.image_column),
+        label_column=label_column,
         size=config.image_size,
         centre=config.center_crop,
         background=background,
         version=DECODER_VERSION,
     )
-    kinds = dict(
-        pixels="large_binary",
-        height="int32",
-        width="int32",
-        channels="int8",
-        deep="bool",
-        fault="string",
-    )
-    encoded = source.select_columns(column).cast_column(column, datasets.Image(decode=False))
-    return encoded.map(
-        function,
-        with_indices=True,
-        remove_columns=column,
-        features=datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()}),
-        num_proc=config.dataloader_num_workers or None,
-        desc=f"Decoding {len(source)} images",
-    )
+
+
+def find_faults(table: datasets.Dataset, config: TrainingConfig) -> list[str]:
+    """What could not be decoded; InputError if nothing could, or if that is not to be skipped."""
+    faults = table.data.column("fault").drop_null()
+    if len(faults) and config.corrupt_images == "raise":
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        named = "; ".join(faults[:5].to_pylist())
+        raise InputError(
+            f"{len(faults)} of {len(table)} images cannot be decoded: {named}{more}. "
+            "Mend or remove them, or leave them out with --corrupt_images skip"
+        )
+    if len(faults) == len(table):
+        raise InputError(f"the image set has no images that can be decoded ({len(table)} rows)")
+    return faults.to_pylist()
+
+
+def count_classes(table: datasets.Dataset, feature: datasets.Features) -> int:
+    """How many classes there are: as many as a ClassLabel names, or else 1 + the greatest.
+
+    Raises:
+        InputError: a row without a class, or with one out of range.
+    """
+    named, first = getattr(feature, "num_classes", None), 0
+    column = table.data.column("label")
+    for chunk in column.chunks:
+        labels = chunk.to_numpy(zero_copy_only=False)  # a null is NaN, which is no class
+        wrong = np.flatnonzero(~((labels >= 0) & (labels < (named or np.inf))))
+        if len(wrong):
+            check_label(chunk[wrong[0]].as_py(), named, f"row {first + wrong[0]}")
+        first += len(chunk)
+    return named or pc.max(column).as_py() + 1
+
+
+def check_label(label: int | None, num_classes: int | None, name: str) -> None:
+    """Raise InputError for an image, of some name, whose class is missing or out of range."""
+    if label is None or label < 0 or (num_classes is not None and label >= num_classes):
+        limit = "at least 0" if num_classes is None else f"0 to {num_classes - 1}"
+        raise InputError(
+            f"the class of every image must be {limit}; {name} has {label}: mend it, or name "
+            "another column with --label_column"
+        )
+
+
+# Images not trained on
+
+
+def split_held_out(config: TrainingConfig, images: ImageSet) -> tuple[ImageSet, ImageSet | None]:
+    """Images to train on, and images to measure the loss on.
+
+    With `held_out` those are up to 2,000 of the set's test or validation split, or, where it has
+    neither, that fraction of the images, taken out of training: the same ones for every seed.
+
+    Raises:
+        InputError: so few images that one part would be empty; a test split with other classes.
+    """
+    assert images.on_device is None
+    if not config.held_out:
+        return images, None
+    split = find_held_out_split(config)
+    if split is not None:
+        source = open_dataset(replace(config, split=split))
+        if len(source) > HELD_OUT_MOST:
+            spread = np.linspace(0, len(source) - 1, HELD_OUT_MOST).round().astype(int)
+            source = source.select(spread)
+        held = decode_all(source, config)
+        if held.class_names != images.class_names:
+            raise InputError(
+                f"held_out: the split {split!r} has the classes {held.class_names}, and "
+                f"{config.split!r} has {images.class_names}: make them the same, or leave out "
+                "--held_out"
+            )
+        if (held.num_classes or 0) > (images.num_classes or 0):
+            raise InputError(
+                f"held_out: the split {split!r} has {held.num_classes} classes, and "
+                f"{config.split!r} only {images.num_classes}: leave out --held_out"
+            )
+        return images, replace(held, channels=images.channels, num_classes=images.num_classes)
+    count = round(config.held_out * len(images))
+    if not count:
+        raise InputError(
+            f"held_out must hold out at least one image; {config.held_out} of {len(images)} is none"
+        )
+    rows = images.rows(np.sort(shuffled(np.arange(count), len(images), HELD_OUT_KEY)))
+    table = images.table.select(rows).flatten_indices()
+    left_out = np.sort(np.concatenate([images.left_out, rows]))
+    held = replace(images, table=table, left_out=np.empty(0, np.int64), faults=[])
+    return replace(images, left_out=left_out), held
+
+
+def find_held_out_split(config: TrainingConfig) -> str | None:
+    """The first of the set's splits that are for testing and not trained on."""
+    import datasets
+
+    source = open_dataset(config)
+    found = list(source.info.splits or {})
+    if config.dataset_name and os.path.isfile(
+        os.path.join(config.dataset_name, "dataset_dict.json")
+    ):
+        found = list(datasets.load_from_disk(config.dataset_name))
+    found = set(found) - set(split_names(config.split))
+    return next((name for name in HELD_OUT_SPLITS if name in found), None)
 
 
 # The endless stream of training images
+
+
+def shuffled(places: np.ndarray, length: int, key: tuple[int, ...]) -> np.ndarray:
+    """Where a keyed permutation of range(length) sends each place, (B,) int64; O(1) memory.
+
+    The generalised Feistel cipher of Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains":
+    it permutes range(a b), just larger than range(length), and what it sends beyond is sent on
+    until it falls inside. The round function is SplitMix64's (Steele, Lea & Flood 2014). A good
+    shuffle, and no secret.
+    """
+    a = math.isqrt(length - 1) + 1
+    b = -(-length // a)
+    keys = np.random.SeedSequence([len(key), *key]).generate_state(FEISTEL_ROUNDS, np.uint64)
+    out = np.array(places, np.uint64)
+    outside = np.ones(out.shape, bool)
+    while outside.any():
+        left, right = np.divmod(out[outside], np.uint64(b))
+        for left_key, right_key in keys.reshape(-1, 2):
+            left = (left + mixed(right ^ left_key) % np.uint64(a)) % np.uint64(a)
+            right = (right + mixed(left ^ right_key) % np.uint64(b)) % np.uint64(b)
+        out[outside] = left * np.uint64(b) + right
+        outside = out >= np.uint64(length)
+    return out.astype(np.int64)
+
+
+def mixed(numbers: np.ndarray) -> np.ndarray:
+    """SplitMix64's mixing of 64-bit numbers: each bit depends on all."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+def augmentation_draws(seed: int, step: int, global_batch_size: int) -> np.ndarray:
+    """What crops and flips a global batch, (G, 3) in [0, 1): top, left, flip."""
+    return np.random.default_rng([seed, AUGMENTATION_STREAM, step]).random((global_batch_size, 3))
 
 
 @dataclass
 class ImageStream:
     """Global batch k of a run: images at positions [k G, (k + 1) G) of shuffled epochs.
 
-    An epoch is a permutation drawn from (seed, epoch); batches run across the border between
+    An epoch is a permutation keyed by (seed, epoch); batches run across the border between
     epochs, so that every image is seen equally often and no batch is smaller.
     """
 
@@ -405,24 +818,25 @@ class ImageStream:
     seed: int
     global_batch_size: int
     flip: bool
-    _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """Rows of the global batch of an optimiser step."""
         size = self.global_batch_size
         positions = np.arange(step * size, (step + 1) * size)[rows]
-        draws = np.random.default_rng([self.seed, AUGMENTATION_STREAM, step]).random((size, 3))[
-            rows
-        ]
+        draws = augmentation_draws(self.seed, step, size)[rows]
         epochs, places = np.divmod(positions, len(self.images))
-        indices = np.array([self._order(int(e))[p] for e, p in zip(epochs, places, strict=True)])
-        return Batch(self.images.gather(indices, draws, self.flip), positions)
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            key = (self.seed, ORDER_STREAM, int(epoch))
+            here = epochs == epoch
+            indices[here] = shuffled(places[here], len(self.images), key)
+        images = self.images.gather(indices, draws, self.flip)
+        return Batch(images, positions, self.images.labels(indices))
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """The permutation of an epoch; the last two are kept."""
-        if epoch not in self._orders:
-            if len(self._orders) > 1:
-                del self._orders[min(self._orders)]
-            rng = np.random.default_rng([self.seed, ORDER_STREAM, epoch])
-            self._orders[epoch] = rng.permutation(len(self.images))
-        return self._orders[epoch]
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint must hold to go on at a step: nothing, a batch is its step's."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state: see `state`."""
+        assert not state
