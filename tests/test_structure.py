@@ -29,6 +29,7 @@ ORDER = [
     "devices",
     "stopping",
     "logbook",
+    "probe",
     "run",
     "training",
     "cli",
