@@ -74,7 +74,7 @@ def choose_speed(
     device: torch.device,
     *,
     batch_size: int,
-    total_steps: int,
+    num_images: int,
 ) -> Speed:
     """Take what is set, measure what is `auto`; a few seconds, or minutes where it compiles.
 
@@ -85,18 +85,17 @@ def choose_speed(
         config: Its mixed_precision, memory_format and compile are the question.
         device: Where the run computes.
         batch_size: Images per device and micro-step.
-        total_steps: Optimiser steps to do.
+        num_images: Images that the run will take, per device.
 
     Raises:
-        InputError: fp16 on a CPU.
+        InputError: fp16 on a CPU, or a launcher's fp8.
     """
     options = candidates(config, device)
     if len(options) == 1 and config.compile != "auto":
         return options[0]._replace(compile=config.compile == "yes")
     batch = min(batch_size, CPU_BATCH) if device.type == "cpu" else batch_size
     measure = partial(images_per_second, unet_config, config, device, batch)
-    images = total_steps * config.gradient_accumulation_steps * batch_size
-    return compare(options, measure, images, config.compile)
+    return compare(options, measure, num_images, config.compile)
 
 
 def compare(
@@ -107,7 +106,7 @@ def compare(
     Args:
         options: What to choose from, the plainest first, none compiled.
         measure: Images a second of an option.
-        num_images: Length of the run, per device.
+        num_images: Images that the run will take, per device.
         compiling: `yes`, `no` or `auto`.
     """
     notes: list[str] = []
@@ -139,15 +138,6 @@ def compare(
     return best._replace(measured=tuple(notes))
 
 
-def reuse_speed(saved: dict[str, Any], config: TrainingConfig) -> Speed:
-    """What an earlier start of this run chose, except where a setting now says otherwise."""
-    speed = Speed(**{**saved, "measured": ()})
-    for name in ("mixed_precision", "memory_format"):
-        if getattr(config, name) != "auto":
-            speed = speed._replace(**{name: getattr(config, name)})
-    return speed if config.compile == "auto" else speed._replace(compile=config.compile == "yes")
-
-
 def agree(choose: Callable[[], Speed]) -> Speed:
     """Rank 0's choice, on every process. The process group has to be there: `PartialState`.
 
@@ -173,13 +163,15 @@ def candidates(config: TrainingConfig, device: torch.device) -> list[Speed]:
     """Precisions x memory formats to choose from, the plainest first; none compiled.
 
     Raises:
-        InputError: fp16 on a CPU.
+        InputError: fp16 on a CPU, or a launcher's fp8.
     """
     precision = config.mixed_precision
     # `accelerate launch` always exports a precision; its "no" cannot be told from no choice.
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision == "auto" and launched in ("fp16", "bf16"):
+    if precision == "auto" and launched != "no":
         precision = launched
+    if precision == "fp8":
+        raise InputError("mixed_precision fp8 is not supported: use bf16")
     if precision == "fp16" and device.type == "cpu":
         raise InputError("mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     precisions = [precision]
@@ -206,20 +198,22 @@ def images_per_second(
     speed: Speed,
 ) -> float:
     """Images a second of the fastest of some training steps of a throw-away network."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        step = build_step(unet_config, config, device, batch_size, speed)
-        step()
-        seconds: list[float] = []
-        while len(seconds) < 2 or sum(seconds) < SECONDS_EACH:
-            started = time.perf_counter()
+    seconds: list[float] = []
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            step = build_step(unet_config, config, device, batch_size, speed)
             step()
-            seconds.append(time.perf_counter() - started)
-    del step
-    gc.collect()
-    if speed.compile:
-        torch.compiler.reset()
-    if device.type != "cpu":
-        torch.accelerator.empty_cache()
+            while len(seconds) < 2 or sum(seconds) < SECONDS_EACH:
+                started = time.perf_counter()
+                step()
+                seconds.append(time.perf_counter() - started)
+            del step
+    finally:
+        if speed.compile:
+            torch.compiler.reset()
+        gc.collect()
+        if device.type != "cpu":
+            torch.accelerator.empty_cache()
     return batch_size / min(seconds)
 
 
