@@ -30,6 +30,7 @@ ORDER = [
     "devices",
     "stopping",
     "logbook",
+    "probe",
     "run",
     "training",
     "cli",
