@@ -32,6 +32,8 @@ ORDER = [
     "logbook",
     "probe",
     "run",
+    "resuming",
+    "outputs",
     "training",
     "cli",
 ]

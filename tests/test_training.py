@@ -298,9 +298,8 @@ def test_processes_draw_different_noise_from_one_seed(quick_settings):
     ours = []
     for rank in range(2):
         ours.append(process(config, stream, BatchPlan(8, 4, 1), rank, 2).draw(0, 0))
-    (_, eps_0, t_0), (_, eps_1, t_1) = ours
-    assert not torch.equal(eps_0, eps_1)
-    assert not torch.equal(t_0, t_1)
+    assert not torch.equal(ours[0].eps, ours[1].eps)
+    assert not torch.equal(ours[0].t, ours[1].t)
 
 
 def test_accumulation_is_the_same_as_a_larger_batch(quick_settings, tmp_path):
@@ -401,18 +400,27 @@ def test_epochs_save_grids_and_pipelines(quick_settings):
     assert pictures == ["first_batch.png", "grid.png", "step-12.png"]
 
 
-def test_epochs_save_pipelines(quick_settings, monkeypatch):
-    saved = []
-    save = Run.save_pipeline
-    monkeypatch.setattr(Run, "save_pipeline", lambda self: (saved.append(1), save(self)))
-    run(
-        quick_settings,
-        max_train_steps=None,
-        num_epochs=2,
-        save_images_epochs=0,
-        save_model_epochs=1,
-    )
-    assert len(saved) == 2  # after epoch 1, and at the end
+def test_epochs_save_pipelines(quick_settings):
+    calls = 0
+
+    def stopped_in_epoch_two(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls > 12:  # 48 images, 4 a step
+            raise KeyboardInterrupt
+        return simple_loss(*arguments)
+
+    settings = dict(max_train_steps=None, num_epochs=2, save_images_epochs=0, save_model_epochs=1)
+    config = TrainingConfig(**quick_settings | settings)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, stopped_in_epoch_two)
+    assert DDPMPipeline.from_pretrained(config.run_dir)(1, num_inference_steps=1).images
+
+
+def test_grids_every_so_many_steps(quick_settings):
+    result = run(quick_settings, max_train_steps=6, save_images_steps=2, save_images_epochs=1)
+    pictures = sorted(path.name for path in (result.output_dir / "samples").iterdir())
+    assert pictures == ["first_batch.png", "grid.png", "step-2.png", "step-4.png"]
 
 
 def test_all_cores_compute_although_the_launcher_says_one(quick_settings):
@@ -437,8 +445,8 @@ def test_the_thread_count_can_be_set(quick_settings):
     torch.set_num_threads(before)
 
 
-def digest(images, eps, t):
-    return hashlib.sha256(b"".join(x.numpy().tobytes() for x in (images, eps, t))).hexdigest()
+def digest(*row):
+    return hashlib.sha256(b"".join(x.numpy().tobytes() for x in row)).hexdigest()
 
 
 @pytest.mark.slow
@@ -475,8 +483,11 @@ def test_two_processes_draw_the_same_as_one_and_end_with_the_same_weights(quick_
 
 
 def test_any_split_over_processes_draws_the_same_noise_and_timesteps(quick_settings):
-    """Run.draw for 1 process x 8, 2 x 4 and 2 x 2 x 2 micro-steps, by hash of every row."""
-    config = TrainingConfig(**quick_settings)
+    """Run.draw for 1 process x 8, 2 x 4 and 2 x 2 x 2 micro-steps, by hash of every row: image,
+    crop and flip, noise, timestep, weight and class.
+    """
+    settings = quick_settings | dict(class_conditional=True, class_dropout_prob=0.5)
+    config = TrainingConfig(**settings)
     images = load_images(config)
 
     def rows(processes, batch, accumulation):

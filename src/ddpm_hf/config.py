@@ -306,7 +306,10 @@ class TrainingConfig:
         if self.ddpm_num_inference_steps is None:
             self.ddpm_num_inference_steps = min(100, self.ddpm_num_steps)
         self._check_ranges()
-        unet_config(self.preset, resolution=self.image_size)
+        if self.model_config_name_or_path is None:
+            unet_config(self.preset, resolution=self.image_size)
+        if self.held_out and self.streaming:
+            raise InputError("held_out needs all images at hand: leave out --streaming")
         beta_range(self.ddpm_beta_schedule, self.ddpm_num_steps)
         self._check_combinations()
 

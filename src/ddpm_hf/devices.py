@@ -1,4 +1,4 @@
-"""Where a run computes: processes, how they share a batch, precision, and threads."""
+"""Where a run computes: processes, how they share a batch, and threads."""
 
 from __future__ import annotations
 
@@ -113,42 +113,17 @@ def plan_batch(
     return BatchPlan(total, share // accumulation, accumulation)
 
 
-def start_accelerator(config: TrainingConfig, precision: str, accumulation: int) -> Accelerator:
-    """Accelerate over the processes of `start_processes`.
-
-    Raises:
-        InputError: fp16 on a CPU.
-    """
-    on_cpu = PartialState().device.type == "cpu"
-    if precision == "fp16" and on_cpu:
-        raise InputError("mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
+def start_accelerator(config: TrainingConfig, accumulation: int) -> Accelerator:
+    """Accelerate over the processes of `start_processes`."""
     return Accelerator(
-        cpu=on_cpu,
-        mixed_precision=precision,
+        cpu=PartialState().device.type == "cpu",
+        mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=accumulation,
         log_with=None if config.logger == "none" else config.logger,
         project_config=ProjectConfiguration(
             project_dir=str(config.run_dir), logging_dir=str(config.run_dir / config.logging_dir)
         ),
     )
-
-
-def choose_precision(wanted: str) -> str:
-    """no, fp16 or bf16. `auto` is what the launcher says, or bf16 on a GPU that computes in it.
-
-    Raises:
-        InputError: the launcher says fp8.
-    """
-    if wanted != "auto":
-        return wanted
-    # `accelerate launch` always exports a precision; its "no" cannot be told from no choice.
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched == "fp8":
-        raise InputError("mixed_precision fp8 is not supported: use bf16")
-    if launched in ("fp16", "bf16"):
-        return launched
-    cuda = torch.cuda.is_available()
-    return "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
 def set_threads(wanted: str) -> None:

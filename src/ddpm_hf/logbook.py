@@ -75,12 +75,15 @@ class Logbook:
 
     def start(self, step: int) -> None:
         """Training begins, or goes on, at `step`."""
-        # On a terminal a bar; elsewhere lines.
-        hidden = not (self.accelerator.is_local_main_process and sys.stderr.isatty())
         self.bar = tqdm(
-            total=self.total_steps, initial=step, unit="step", desc="Training", disable=hidden
+            total=self.total_steps, initial=step, unit="step", desc="Training", disable=self.hidden
         )
         self.first_step, self.started, self.last_line = step, time.perf_counter(), 0.0
+
+    @property
+    def hidden(self) -> bool:
+        """Whether bars stay hidden: there is no terminal, or another process shows them."""
+        return not (self.accelerator.is_local_main_process and sys.stderr.isatty())
 
     def close(self) -> None:
         """Training ended, in whatever way."""
@@ -130,7 +133,7 @@ class Logbook:
 
     def show(self, step: int, line: str) -> None:
         """Show a line of figures: beside the bar, or where there is none now and then by itself."""
-        if not self.bar.disable:
+        if not self.hidden:
             self.bar.set_postfix_str(line)
             return
         now = time.perf_counter()

@@ -8,8 +8,10 @@ also depends on the rank.
 from functools import partial
 
 from .config import TrainingConfig
-from .losses import LossFunction, min_snr_loss, simple_loss
-from .run import Run, TrainingResult
+from .losses import LossFunction, hybrid_loss, min_snr_loss, simple_loss, vlb_loss
+from .outputs import TrainingResult, finish, measure_held_out, save_pipeline, save_samples
+from .resuming import open_folder, save_checkpoint, save_snapshots, stop
+from .run import Run
 from .stopping import explained_failures
 
 
@@ -33,37 +35,48 @@ def train(
     config = config or TrainingConfig.from_recipe("fashion-quick")
     loss_fn = loss_fn or objective(config)
     run = Run.build(config)
-    step = run.open_folder()
+    config, accelerator = run.config, run.accelerator
+    step = open_folder(run)
     with run.stop, explained_failures(run.plan.per_device, run.plan.accumulation):
         run.log.start(step)
         while step < run.total_steps:
             run.unet.train()
             for micro in range(run.plan.accumulation):
-                with run.accelerator.accumulate(run.unet):
+                with accelerator.accumulate(run.unet):
                     # Algorithm 1, lines 2-4: an image, a timestep, noise
-                    x_0, eps, t = run.draw(step, micro)
-                    losses = loss_fn(run.unet, run.scheduler, x_0, eps, t)
-                    run.log.window.add(losses, t)
+                    draw = run.draw(step, micro)
+                    network = run.network(draw.labels)
+                    losses = loss_fn(network, run.scheduler, draw.x_0, draw.eps, draw.t)
                     # line 5: a gradient step
-                    run.accelerator.backward(losses.mean())
+                    accelerator.backward(run.mean_loss(losses, draw))
             run.update()
             step += 1
 
+            last = step == run.total_steps
             if run.log.tick(step):
                 run.log_step(step)
-            if step % run.config.ema_snapshot_steps == 0 or step == run.total_steps:
-                run.save_snapshots()
-            if step % run.config.checkpointing_steps == 0 or step == run.total_steps:
-                run.save_checkpoint(step)
+            if run.held_out and (step % config.held_out_steps == 0 or last):
+                measure_held_out(run, step)
+            if step % config.ema_snapshot_steps == 0 or last:
+                save_snapshots(run, step)
+            if step % config.checkpointing_steps == 0 or last:
+                save_checkpoint(run, step)
             if run.samples_due(step):
-                run.save_samples(step, run.directory / "samples" / f"step-{step}.png")
-            if run.epoch_ended(step, run.config.save_model_epochs):
-                run.save_pipeline()
+                save_samples(run, step, run.directory / "samples" / f"step-{step}.png")
+            if run.epoch_ended(step, config.save_model_epochs):
+                save_pipeline(run)
             if reason := run.stop.agreed():
-                raise run.stopped(reason, step)
-        return run.finish(step)
+                stop(run, reason, step)
+        return finish(run, step)
 
 
 def objective(config: TrainingConfig) -> LossFunction:
     """The loss that the settings name."""
-    return partial(min_snr_loss, gamma=config.snr_gamma) if config.snr_gamma else simple_loss
+    gamma = config.snr_gamma or None
+    match config.loss:
+        case "vlb":
+            return vlb_loss
+        case "hybrid":
+            return partial(hybrid_loss, gamma=gamma)
+        case _:
+            return partial(min_snr_loss, gamma=gamma) if gamma else simple_loss

@@ -1,0 +1,233 @@
+"""The folder of a run, opened and gone on in; its state, saved and restored."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+from .checkpoint import (
+    CONFIG,
+    Checkpoint,
+    clear_leftovers,
+    clear_run,
+    compare_runs,
+    find_latest,
+    join_optimizer,
+    list_checkpoints,
+    load_checkpoint,
+    rotate,
+    set_aside,
+    shard_like,
+    split_optimizer,
+    verify,
+    whole,
+    write_text,
+)
+from .checkpoint import save_checkpoint as write_checkpoint
+from .data import to_network
+from .ema import drop_snapshots, save_snapshot
+from .errors import InputError, Stopped, TrainingError
+from .pipeline import save_image_grid
+from .run import Run, starts_afresh
+from .stopping import UpdateGuard
+
+
+def open_folder(run: Run) -> int:
+    """Make the folder of a run, or go on in it: returns the number of steps done already.
+
+    Raises:
+        InputError: the folder holds something else, or a run with another identity.
+    """
+    accelerator, config = run.accelerator, run.config
+    settings = asdict(config) | {
+        "global_batch_size": run.plan.global_batch_size,
+        "learned_variance": config.variance_type == "learned_range",
+        "data_fingerprint": run.stream.images.fingerprint(),
+    }
+    if not starts_afresh(config):
+        for line in compare_runs(run.directory, settings):
+            accelerator.print(line)
+    accelerator.wait_for_everyone()
+    if starts_afresh(config) and accelerator.is_main_process:
+        clear_run(run.directory)
+    accelerator.wait_for_everyone()
+    folder = find_checkpoint(run)
+    step = restore(run, load_checkpoint(folder)) if folder else 0
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for name in set_aside(run.directory, step):
+            accelerator.print(f"Renamed {name} to aside-{name}: this run goes on before it")
+        run.directory.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(run.directory)
+        for average in run.power_averages:
+            drop_snapshots(run.directory, average.optimization_step)
+        write_text(run.directory / CONFIG, json.dumps(settings, indent=2) + "\n")
+        if step == 0:
+            batch = to_network(run.stream.batch(0, slice(64)).images)
+            save_image_grid(batch, run.directory / "samples" / "first_batch.png")
+    run.log.open(step, settings)
+    return step
+
+
+def find_checkpoint(run: Run) -> Path | None:
+    """The checkpoint to go on from, if any, chosen by one process for all.
+
+    Raises:
+        InputError: no such checkpoint, a damaged one, or one that a process does not see.
+    """
+    chosen: list[Any] = [None]
+    if run.accelerator.is_main_process:
+        try:
+            chosen = [_choose_checkpoint(run)]
+        except InputError as error:
+            chosen = [error]
+    (folder,) = broadcast_object_list(chosen)
+    if isinstance(folder, InputError):
+        raise folder
+    sees = torch.tensor([folder is None or folder.is_dir()], device=run.accelerator.device)
+    if not run.accelerator.gather(sees).all():
+        raise InputError(
+            f"not every process sees {folder}: output_dir must be on a disk that all machines share"
+        )
+    return folder
+
+
+def _choose_checkpoint(run: Run) -> Path | None:
+    wanted = run.config.resume_from_checkpoint
+    if wanted and wanted != "latest":
+        folder = run.directory / Path(wanted).name
+        if folder not in list_checkpoints(run.directory):
+            raise InputError(
+                f"resume_from_checkpoint {wanted!r} is no checkpoint of this run, which has "
+                f"{[path.name for path in list_checkpoints(run.directory)]}"
+            )
+        verify(folder)
+        return folder
+    folder, passed_over = find_latest(run.directory)
+    for line in passed_over:
+        run.accelerator.print(f"{line}; using the one before it")
+    return folder
+
+
+def restore(run: Run, checkpoint: Checkpoint) -> int:
+    """Bring a run to where a checkpoint was written; returns its step."""
+    parameters = dict(run.accelerator.unwrap_model(run.unet).named_parameters())
+    with torch.no_grad():
+        for name, saved in checkpoint.tensors["unet"].items():
+            parameters[name].copy_(shard_like(saved, parameters[name]))
+    state = join_optimizer(checkpoint.tensors.get("optimizer", {}), checkpoint.state["optimizer"])
+    order = [p for group in run.optimizer.param_groups for p in group["params"]]
+    for index, entries in state["state"].items():
+        entries |= {key: shard_like(value, order[index]) for key, value in entries.items()}
+    run.optimizer.load_state_dict(state)
+    schedule = run.lr_scheduler
+    schedule.load_state_dict(checkpoint.state["lr_scheduler"])
+    # The horizon may have changed since: take the rate that this run's schedule has here.
+    bases = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    rates = [base * factor(schedule.last_epoch) for base, factor in bases]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for name, average in run.averages.items():
+        average.load(checkpoint.tensors[name], checkpoint.state["ema_steps"][name])
+    if run.timestep_history:
+        run.timestep_history.load_state_dict(checkpoint.tensors["timestep_history"])
+    if run.accelerator.scaler is not None and "scaler" in checkpoint.state:
+        run.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+    run.stream.load_state(checkpoint.state["stream"])
+    run.guard = UpdateGuard(run.accelerator.device, checkpoint.state["skipped_updates"])
+    run.saved_step = checkpoint.step
+    run.accelerator.print(
+        f"Going on from checkpoint-{checkpoint.step}, {checkpoint.step} of {run.total_steps} "
+        "steps done"
+    )
+    return checkpoint.step
+
+
+def state_of(run: Run, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """What a checkpoint holds: (tensors by group, JSON). Every process has to ask."""
+    unet = run.accelerator.unwrap_model(run.unet)
+    optimizer, rest = split_optimizer(run.optimizer.optimizer)
+    tensors = {"unet": dict(unet.named_parameters()), "optimizer": optimizer}
+    tensors = {
+        group: {name: whole(tensor) for name, tensor in named.items()}
+        for group, named in tensors.items()
+    }
+    tensors |= {name: average.named_tensors() for name, average in run.averages.items()}
+    if run.timestep_history:
+        tensors["timestep_history"] = run.timestep_history.state_dict()
+    streams: dict[str, Any] = {}
+    for state in gather_object([run.stream.state(step)]):
+        streams |= state
+    state = {
+        "optimizer": rest,
+        "lr_scheduler": run.lr_scheduler.state_dict(),
+        "ema_steps": {name: a.optimization_step for name, a in run.averages.items()},
+        "skipped_updates": int(run.guard.skipped),
+        "stream": streams,
+    }
+    if run.accelerator.scaler is not None:
+        state["scaler"] = run.accelerator.scaler.state_dict()
+    return tensors, state
+
+
+def save_checkpoint(run: Run, step: int) -> bool:
+    """Write and rotate checkpoints; every process waits. False where it could not be written.
+
+    A full disk is said, and the run goes on: the checkpoints before this one stand.
+    """
+    if step == run.saved_step:
+        return True
+    run.accelerator.wait_for_everyone()
+    tensors, state = state_of(run, step)
+    saved = True
+    if run.accelerator.is_main_process:
+        try:
+            write_checkpoint(run.directory, step, tensors, state)
+            rotate(run.directory, run.config.checkpoints_total_limit)
+        except OSError as error:
+            saved = False
+            run.log.say(
+                f"Warning: checkpoint-{step} could not be saved, those before it stand, and "
+                f"training goes on ({error})"
+            )
+    (saved,) = broadcast_object_list([saved])
+    run.saved_step = step if saved else run.saved_step
+    return saved
+
+
+def save_snapshots(run: Run, step: int) -> None:
+    """Store the power averages, for averages of other lengths after training."""
+    for average in run.power_averages:
+        tensors = average.named_tensors()
+        if run.accelerator.is_main_process:
+            try:
+                save_snapshot(run.directory, average, tensors)
+            except OSError as error:
+                run.log.say(f"Warning: the snapshot of step {step} could not be saved ({error})")
+
+
+def stop(run: Run, reason: str, step: int) -> None:
+    """Save the state and end the run.
+
+    Raises:
+        Stopped: always, but
+        TrainingError: where the state could not be saved.
+    """
+    saved = save_checkpoint(run, step)
+    run.close()
+    if not saved:
+        raise TrainingError(
+            f"stopped by {reason} after step {step}, whose checkpoint could not be saved"
+        )
+    run.accelerator.print(
+        f"Stopped by {reason} after step {step} of {run.total_steps}, which is saved: the same "
+        "command again goes on",
+        flush=True,
+    )
+    raise Stopped(reason)
