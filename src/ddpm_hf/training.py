@@ -45,8 +45,9 @@ def train(
                 with accelerator.accumulate(run.unet):
                     # Algorithm 1, lines 2-4: an image, a timestep, noise
                     draw = run.draw(step, micro)
-                    network = run.network(draw.labels)
-                    losses = loss_fn(network, run.scheduler, draw.x_0, draw.eps, draw.t)
+                    losses = loss_fn(
+                        run.network(draw.labels), run.scheduler, draw.x_0, draw.eps, draw.t
+                    )
                     # line 5: a gradient step
                     accelerator.backward(run.mean_loss(losses, draw))
             run.update()
