@@ -42,6 +42,12 @@ SHAPE = ("channels", "height", "width", "deep")
 AUGMENTATION_STREAM, ORDER_STREAM = 1, 2
 """Random streams of one seed, kept apart."""
 
+SAVED = ("dataset_info.json", "dataset_dict.json")
+"""Files of a set written by `save_to_disk`."""
+
+ROWS_PER_SHARD = 1024
+"""A saved set is streamed in pieces of so many rows."""
+
 HELD_OUT_KEY = (0, 9)
 """What is held out is the same for every seed of a run."""
 
@@ -123,7 +129,7 @@ def resize_to_cover(image: Image.Image, size: tuple[int, int], centre: bool) -> 
 
 def decode_row(
     row: dict[str, Any],
-    index: int,
+    index: int | str,
     *,
     column: str,
     label_column: str | None,
@@ -452,8 +458,14 @@ def check_batch(images: ImageSet, global_batch_size: int) -> None:
         )
 
 
-def open_dataset(config: TrainingConfig) -> datasets.Dataset:
+def open_dataset(
+    config: TrainingConfig, *, streaming: bool = False, every_split: bool = False
+) -> Any:
     """The image set as `datasets` loads it.
+
+    Returns:
+        A Dataset, or an IterableDataset if `streaming`; a dictionary of all splits if `every_split`
+        (a set saved without splits is itself).
 
     Raises:
         InputError: no set is named, or `datasets` cannot load it; its reason is passed on in one
@@ -469,8 +481,8 @@ def open_dataset(config: TrainingConfig) -> datasets.Dataset:
         )
     if folder and not os.path.isdir(folder):
         raise InputError(f"train_data_dir must be a folder of images; got {folder!r}")
-    options = dict(split=config.split, cache_dir=config.cache_dir)
-    splits = split_names(config.split)
+    split, splits = None if every_split else config.split, split_names(config.split)
+    options = dict(split=split, cache_dir=config.cache_dir, streaming=streaming)
     try:
         if folder:
             # `datasets` reads splits out of file names (test_1.png); here a folder is one set,
@@ -487,10 +499,11 @@ def open_dataset(config: TrainingConfig) -> datasets.Dataset:
             return datasets.load_dataset("parquet", data_files=files, **options)
         if name.endswith(".parquet"):
             return datasets.load_dataset("parquet", data_files={splits[0]: name}, **options)
-        if os.path.isfile(os.path.join(name, "dataset_info.json")) or os.path.isfile(
-            os.path.join(name, "dataset_dict.json")
-        ):
-            return from_disk(name, config.split)
+        if any(os.path.isfile(os.path.join(name, file)) for file in SAVED):
+            found = from_disk(name, split)
+            if not streaming:
+                return found
+            return found.to_iterable_dataset(num_shards=len(found) // ROWS_PER_SHARD + 1)
         return datasets.load_dataset(name, config.dataset_config_name, **options)
     # `datasets` has no common base class for what it raises about names, files, splits and
     # networks.
@@ -510,12 +523,12 @@ def split_names(split: str) -> list[str]:
     return [part.split("[")[0] for part in split.split("+")]
 
 
-def from_disk(folder: str, split: str) -> datasets.Dataset:
+def from_disk(folder: str, split: str | None) -> datasets.Dataset | datasets.DatasetDict:
     """A set written by `save_to_disk`, the named split where it has several."""
     import datasets
 
     found = datasets.load_from_disk(folder)
-    if isinstance(found, datasets.Dataset):
+    if isinstance(found, datasets.Dataset) or split is None:
         return found
     if split not in found:
         raise ValueError(f"it has the splits {', '.join(found)}, not {split!r}")
@@ -711,37 +724,30 @@ def check_label(label: int | None, num_classes: int | None, name: str) -> None:
 # Images not trained on
 
 
-def split_held_out(config: TrainingConfig, images: ImageSet) -> tuple[ImageSet, ImageSet | None]:
+def split_held_out(config: TrainingConfig, images: Any) -> tuple[Any, ImageSet | None]:
     """Images to train on, and images to measure the loss on.
 
     With `held_out` those are up to 2,000 of the set's test or validation split, or, where it has
     neither, that fraction of the images, taken out of training: the same ones for every seed.
 
+    Args:
+        config: The settings.
+        images: The decoded or streamed images of `config.split`.
+
     Raises:
-        InputError: so few images that one part would be empty; a test split with other classes.
+        InputError: nothing could be held out; a test split with other classes.
     """
-    assert images.on_device is None
     if not config.held_out:
         return images, None
     split = find_held_out_split(config)
     if split is not None:
-        source = open_dataset(replace(config, split=split))
-        if len(source) > HELD_OUT_MOST:
-            spread = np.linspace(0, len(source) - 1, HELD_OUT_MOST).round().astype(int)
-            source = source.select(spread)
-        held = decode_all(source, config)
-        if held.class_names != images.class_names:
-            raise InputError(
-                f"held_out: the split {split!r} has the classes {held.class_names}, and "
-                f"{config.split!r} has {images.class_names}: make them the same, or leave out "
-                "--held_out"
-            )
-        if (held.num_classes or 0) > (images.num_classes or 0):
-            raise InputError(
-                f"held_out: the split {split!r} has {held.num_classes} classes, and "
-                f"{config.split!r} only {images.num_classes}: leave out --held_out"
-            )
-        return images, replace(held, channels=images.channels, num_classes=images.num_classes)
+        return images, load_held_out(replace(config, split=split), images)
+    if config.streaming:
+        raise InputError(
+            "held_out of a stream is its test or validation split, and this set has neither: leave "
+            "out --held_out, or --streaming"
+        )
+    assert images.on_device is None
     count = round(config.held_out * len(images))
     if not count:
         raise InputError(
@@ -756,16 +762,32 @@ def split_held_out(config: TrainingConfig, images: ImageSet) -> tuple[ImageSet, 
 
 def find_held_out_split(config: TrainingConfig) -> str | None:
     """The first of the set's splits that are for testing and not trained on."""
+    found = open_dataset(config, streaming=config.streaming, every_split=True)
+    names = set(found if isinstance(found, dict) else ()) - set(split_names(config.split))
+    return next((name for name in HELD_OUT_SPLITS if name in names), None)
+
+
+def load_held_out(config: TrainingConfig, images: Any) -> ImageSet:
+    """Up to 2,000 images of `config.split`, spread over it (of a stream, the first)."""
     import datasets
 
-    source = open_dataset(config)
-    found = list(source.info.splits or {})
-    if config.dataset_name and os.path.isfile(
-        os.path.join(config.dataset_name, "dataset_dict.json")
-    ):
-        found = list(datasets.load_from_disk(config.dataset_name))
-    found = set(found) - set(split_names(config.split))
-    return next((name for name in HELD_OUT_SPLITS if name in found), None)
+    source = open_dataset(config, streaming=config.streaming)
+    if config.streaming:
+        column = find_image_column(source.features, config.image_column)
+        rows = source.cast_column(column, datasets.Image(decode=False)).take(HELD_OUT_MOST)
+        source = datasets.Dataset.from_list(list(rows), features=source.features)
+    elif len(source) > HELD_OUT_MOST:
+        source = source.select(np.linspace(0, len(source) - 1, HELD_OUT_MOST).round().astype(int))
+    held = decode_all(source, config)
+    fewer = (held.num_classes or 0) <= (images.num_classes or 0)
+    if held.class_names != images.class_names or not fewer:
+        raise InputError(
+            f"held_out: the split {config.split!r} has the classes "
+            f"{held.class_names or held.num_classes}, and training has "
+            f"{images.class_names or images.num_classes}: make them the same, or leave out "
+            "--held_out"
+        )
+    return replace(held, channels=images.channels, num_classes=images.num_classes)
 
 
 # The endless stream of training images
