@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,10 @@ NUM_IMAGES = {"fashion": 1000, "emoji": 946}
 """Images sampled for the yardstick; FD depends on their number."""
 
 
+class EnoughError(Exception):
+    """Raised in a loss function to leave `ddpm_hf.train` early."""
+
+
 def hardware() -> str:
     """The processor's name and how many cores this process may use, or the GPU's name."""
     if torch.cuda.is_available():
@@ -38,7 +43,7 @@ def hardware() -> str:
 
 def start_report(what: str, *paths: Path) -> dict:
     """Command, commit, date, machine and versions of a result; of `paths` only the names."""
-    command = " ".join(sys.argv[1:])
+    command = shlex.join(sys.argv[1:])
     for path in paths:
         command = command.replace(str(path), path.name)
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]

@@ -27,11 +27,12 @@ from statistics import median
 
 import torch
 from accelerate.state import AcceleratorState
-from common import save_report, start_report, stock_ema, stock_steps
+from common import EnoughError, save_report, start_report, stock_ema, stock_steps
 from diffusers import UNet2DModel
 
 from ddpm_hf import TrainingConfig, train
 from ddpm_hf.checkpoint import CONFIG
+from ddpm_hf.data import ImageStream, load_images, to_network
 from ddpm_hf.devices import set_threads
 from ddpm_hf.losses import simple_loss
 from ddpm_hf.presets import PRESETS, unet_config
@@ -39,23 +40,21 @@ from ddpm_hf.probe import computes_bf16, count_flops, peak_flops
 
 DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
 PINNED = dict(mixed_precision="no", memory_format="contiguous", compile="no")
+AUTO = dict.fromkeys(PINNED, "auto")
 OURS = {
     "ours, fp32": PINNED,
     "ours, fp32, compiled": PINNED | dict(compile="yes"),
     "ours, bf16": PINNED | dict(mixed_precision="bf16"),
     "ours, bf16, channels_last": PINNED
     | dict(mixed_precision="bf16", memory_format="channels_last"),
+    "ours, bf16, compiled": PINNED | dict(mixed_precision="bf16", compile="yes"),
     "ours, bf16, channels_last, compiled": dict(
         mixed_precision="bf16", memory_format="channels_last", compile="yes"
     ),
-    "ours, as probed": dict(compile="no"),
-    "ours, as probed, compiled if faster": {},
+    "ours, as probed": dict(AUTO, compile="no"),
+    "ours, as probed, compiled if faster": AUTO,
 }
 STOCK = {"stock, fp32": "no", "stock, bf16": "bf16"}
-
-
-class EnoughError(Exception):
-    """All rounds are done: leaves `train`."""
 
 
 def clock() -> float:
@@ -73,17 +72,35 @@ def timed(steps: Iterator[float], count: int) -> float:
     return clock() - started
 
 
-def start_stock(network: dict, batch_size: int, mixed_precision: str) -> Iterator[float]:
-    """Stock's training of a network with diffusers' initialisation, on noise; one step is done."""
+def settings_of_run(args: argparse.Namespace, **settings) -> TrainingConfig:
+    """Stock's recipe on the images in this package, without checkpoints and pictures."""
+    return TrainingConfig.from_recipe(
+        "diffusers-unconditional",
+        preset=args.preset,
+        dataset_name="embedded",
+        image_mode="RGB" if args.channels == 3 else "L",
+        resolution=args.resolution,
+        train_batch_size=args.batch_size,
+        max_train_steps=100_000,
+        checkpointing_steps=100_000,
+        use_ema=True,
+        save_images_epochs=0,
+        save_model_epochs=0,
+        logger="none",
+        **settings,
+    )
+
+
+def start_stock(args: argparse.Namespace, mixed_precision: str) -> Iterator[float]:
+    """Stock's training of the network, with diffusers' initialisation; one step is done."""
     AcceleratorState._reset_state(True)  # several precisions in one process
-    unet = UNet2DModel(**network)
-    size = network["sample_size"]
-    images = torch.rand(8 * batch_size, network["in_channels"], size, size) * 2 - 1
+    unet = UNet2DModel(**unet_config(args.preset, image_channels=args.channels))
+    images = ImageStream(load_images(settings_of_run(args)), 0, 16 * args.batch_size, flip=False)
     steps = stock_steps(
         unet,
         stock_ema(unet),
-        images,
-        batch_size=batch_size,
+        to_network(images.batch(0).images),
+        batch_size=args.batch_size,
         total_steps=100_000,
         mixed_precision=mixed_precision,
     )
@@ -106,22 +123,7 @@ def run_ours(settings: dict, args: argparse.Namespace, boundary: Callable[[], No
         return simple_loss(*arguments)
 
     with tempfile.TemporaryDirectory() as folder:
-        config = TrainingConfig.from_recipe(
-            "diffusers-unconditional",
-            preset=args.preset,
-            dataset_name="embedded",
-            image_mode="RGB" if args.channels == 3 else "L",
-            resolution=args.resolution,
-            train_batch_size=args.batch_size,
-            max_train_steps=100_000,
-            checkpointing_steps=100_000,
-            use_ema=True,
-            save_images_epochs=0,
-            save_model_epochs=0,
-            logger="none",
-            output_dir=f"{folder}/run",
-            **settings,
-        )
+        config = settings_of_run(args, output_dir=f"{folder}/run", **settings)
         with suppress(EnoughError):
             train(config, loss_fn)
         resolved = json.loads((Path(folder) / "run" / CONFIG).read_text())
@@ -147,20 +149,19 @@ def time_ours(
     return rounds, run_ours(settings, args, boundary)
 
 
-def measure(variant: str, stock: Iterator[float], network: dict, args: argparse.Namespace) -> dict:
-    """A row: speeds, ratio and MFU of a variant against stock in fp32."""
+def measure(variant: str, stock: Iterator[float], args: argparse.Namespace) -> dict:
+    """A row: speeds and ratios of a variant against stock in fp32."""
     if variant in OURS:
         rounds, settings = time_ours(OURS[variant], stock, args)
     else:
         settings = PINNED | dict(mixed_precision=STOCK[variant])
-        steps = start_stock(network, args.batch_size, STOCK[variant])
+        steps = start_stock(args, STOCK[variant])
         rounds = [
             (timed(steps, args.steps), timed(stock, args.steps)) for _ in range(args.rounds + 1)
         ]
     seconds, stock_seconds = zip(*rounds[1:], strict=True)
     images = args.steps * args.batch_size
     speed = images / median(seconds)
-    peak = peak_flops(DEVICE, settings["mixed_precision"])
     return {
         "variant": variant,
         "settings": settings,
@@ -168,11 +169,10 @@ def measure(variant: str, stock: Iterator[float], network: dict, args: argparse.
         "stock_images_per_second": round(images / median(stock_seconds), 2),
         "ratio": round(median(s / o for o, s in rounds[1:]), 3),
         "ratios": [round(s / o, 3) for o, s in rounds[1:]],
-        "mfu": round(speed * count_flops(network) / peak, 3),
     }
 
 
-def peak_memory(variant: str, network: dict, args: argparse.Namespace) -> int:
+def peak_memory(variant: str, args: argparse.Namespace) -> int:
     """Bytes at the peak of three steps, by this whole process: on CUDA of its tensors."""
     left = iter(range(3))
 
@@ -184,7 +184,7 @@ def peak_memory(variant: str, network: dict, args: argparse.Namespace) -> int:
         args.steps = 1
         run_ours(OURS[variant], args, boundary)
     else:
-        timed(start_stock(network, args.batch_size, STOCK[variant]), 2)
+        timed(start_stock(args, STOCK[variant]), 2)
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
@@ -213,16 +213,23 @@ def main() -> None:
     parser.add_argument("--output", default="training", help="Name of the file in results/.")
     args = parser.parse_args()
     args.resolution = PRESETS[args.preset].settings["resolution"]
-    network = unet_config(args.preset, image_channels=args.channels)
     set_threads("auto")
     if args.peak:
-        print(peak_memory(args.variant[-1], network, args))
+        print(peak_memory(args.variant[-1], args))
         return
-    report = start_report(f"training, preset {args.preset}, batch {args.batch_size}")
-    report |= {"parameters": sum(p.numel() for p in UNet2DModel(**network).parameters())}
-    stock = start_stock(network, args.batch_size, "no")
+    precisions = ["no", "bf16"] if computes_bf16(DEVICE) else ["no"]
+    peaks = {precision: peak_flops(DEVICE, precision) for precision in precisions}
+    network = unet_config(args.preset, image_channels=args.channels)
+    flops = count_flops(network)
+    report = start_report(f"training, preset {args.preset}, batch {args.batch_size}") | {
+        "flops_per_image": flops,
+        "peak_flops": {name: round(peak) for name, peak in peaks.items()},
+    }
+    stock = start_stock(args, "no")
     for variant in args.variant or variants(args.compile):
-        row = measure(variant, stock, network, args)
+        row = measure(variant, stock, args)
+        peak = peaks[row["settings"]["mixed_precision"]]
+        row["mfu"] = round(row["images_per_second"] * flops / peak, 3)
         if args.memory:
             command = [sys.executable, *sys.argv, "--peak", "--variant", variant]
             printed = subprocess.run(command, capture_output=True, check=True, text=True).stdout
