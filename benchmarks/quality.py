@@ -13,31 +13,14 @@ features of its own: it depends on the number of images, and is not comparable w
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
+from common import NUM_IMAGES, measure_quality, save_report, start_report
 
 from ddpm_hf import TrainingConfig, train
-from ddpm_hf.sampling import load_pipeline, sample_to
-
-HERE = Path(__file__).parent
-NUM_IMAGES = {"fashion": 1000, "emoji": 946}
-
-
-def hardware() -> str:
-    """The processor's name and how many cores this process may use, or the GPU's name."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.processor()}"
+from ddpm_hf.sampling import load_pipeline
 
 
 def measure(recipe: str, settings: dict, yardstick: Path, images: str) -> dict:
@@ -47,15 +30,9 @@ def measure(recipe: str, settings: dict, yardstick: Path, images: str) -> dict:
         started = time.perf_counter()
         result = train(config)
         seconds = time.perf_counter() - started
-        samples = f"{folder}/samples.npy"
         pipe = load_pipeline(str(result.output_dir), "ddim")
-        sample_to(samples, pipe, NUM_IMAGES[images], batch_size=250, num_inference_steps=20)
-        command = [sys.executable, yardstick, "--set", images, "--images", samples]
-        measured = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    return {
-        "fd": round(measured["fd"], 3),
-        "fd_floor": round(measured["fd_floor"], 3),
-        "kid_x1000": round(measured["kid_x1000"], 2),
+        quality = measure_quality(pipe, yardstick, images)
+    return quality | {
         "train_seconds": round(seconds),
         "images_seen": result.step * config.train_batch_size,
         "final_loss": round(result.loss, 5),
@@ -76,23 +53,15 @@ def main() -> None:
     parser.add_argument("--run", action="append", required=True, help="Settings of one run.")
     parser.add_argument("--output", required=True, help="Name of the file in results/.")
     args = parser.parse_args()
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    report = {
-        "what": f"recipe {args.recipe}, {NUM_IMAGES[args.images]} images, DDIM, 20 steps, trailing",
-        "command": " ".join(sys.argv[1:]).replace(str(args.yardstick), "YARDSTICK.py"),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": hardware(),
-        "versions": {"torch": torch.__version__},
-        "num_images": NUM_IMAGES[args.images],
-        "common": args.common,
-        "rows": [],
-    }
+    report = start_report(
+        f"recipe {args.recipe}, {NUM_IMAGES[args.images]} images, DDIM, 20 steps, trailing",
+        args.yardstick,
+    ) | {"num_images": NUM_IMAGES[args.images], "common": args.common}
     for run in args.run:
         settings = settings_of(args.common) | settings_of(run)
         row = {"run": run, **measure(args.recipe, settings, args.yardstick, args.images)}
         report["rows"].append(row)
-        (HERE / "results" / f"{args.output}.json").write_text(json.dumps(report, indent=2) + "\n")
+        save_report(report, args.output)
         print(json.dumps(row), flush=True)
 
 
