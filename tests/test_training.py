@@ -28,6 +28,7 @@ from ddpm_hf.errors import InputError
 from ddpm_hf.losses import simple_loss
 from ddpm_hf.optimization import build_optimizer
 from ddpm_hf.run import Run
+from ddpm_hf.training import objective
 
 
 def run(settings, **changes):
@@ -379,6 +380,180 @@ def test_half_precision_keeps_the_forward_process_in_float32(quick_settings):
 
     train(TrainingConfig(**quick_settings | dict(mixed_precision="bf16", max_train_steps=1)), spy)
     assert seen == [(torch.float32,) * 3]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(streaming=True),
+        dict(class_conditional=True),
+        dict(loss="hybrid", variance_type="learned_range"),
+        dict(loss="vlb", timestep_sampler="loss_second_moment", ddpm_num_steps=25),
+        dict(ema_profiles="0.05,0.10", ema_update_every=2),
+        dict(data_on_device="yes", random_flip=True),
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_whatever_is_trained_resumes_bit_for_bit_twice(quick_settings, tmp_path, changes):
+    settings = quick_settings | changes | dict(checkpoints_total_limit=None)
+    steps = 90 if changes.get("timestep_sampler") else 9
+    settings |= dict(max_train_steps=steps, checkpointing_steps=steps // 3, logging_steps=steps)
+    whole = run(settings, output_dir=str(tmp_path / "whole")).output_dir
+
+    def stop_after(calls):
+        def interrupted(*arguments):
+            nonlocal calls
+            calls -= 1
+            if calls < 0:
+                raise KeyboardInterrupt
+            return objective(config)(*arguments)
+
+        return interrupted
+
+    config = TrainingConfig(**settings)
+    for calls in (steps // 3 + 1, steps // 3 + 2):
+        with pytest.raises(KeyboardInterrupt):
+            train(config, stop_after(calls))
+    train(config)
+    names = {path.stem for path in (whole / f"checkpoint-{steps}").glob("*.safetensors")}
+    assert {"unet", "ema", "optimizer"} <= names
+    for name in names:
+        assert equal(weights(whole, name), weights(config.run_dir, name)), name
+    state = [json.loads((d / f"checkpoint-{steps}/state.json").read_text()) for d in
+             (whole, config.run_dir)]  # fmt: skip
+    assert state[0] == state[1]
+    snapshots = [{p.name: load_file(p) for p in (d / "ema").glob("*")} for d in
+                 (whole, config.run_dir)]  # fmt: skip
+    assert snapshots[0].keys() == snapshots[1].keys()
+    assert all(equal(snapshots[0][k], snapshots[1][k]) for k in snapshots[0])
+
+
+def test_images_on_the_device_train_the_same(quick_settings, tmp_path):
+    settings = quick_settings | dict(random_flip=True)
+    one, two = (
+        run(settings, data_on_device=where, output_dir=str(tmp_path / where)).output_dir
+        for where in ("yes", "no")
+    )
+    assert equal(weights(one), weights(two))
+
+
+@pytest.mark.parametrize("changes", [dict(gradient_checkpointing=True, dropout=0.2)])
+def test_recomputed_activations_change_nothing(quick_settings, tmp_path, changes):
+    plain = run(quick_settings, dropout=0.2, output_dir=str(tmp_path / "plain")).output_dir
+    assert equal(weights(plain), weights(run(quick_settings, **changes).output_dir))
+
+
+def test_a_class_conditional_run_is_sampled_by_class_and_named(quick_settings):
+    out = run(quick_settings, class_conditional=True).output_dir
+    pipe = DDPMPipeline.from_pretrained(out)
+    assert pipe.unet.config.num_class_embeds == 11
+    images = pipe(2, num_inference_steps=1, class_labels="Bag", guidance_scale=2.0).images
+    assert len(images) == 2
+
+
+@pytest.mark.parametrize(("probability", "hidden"), [(0.0, 0), (1.0, 4), (0.5, None)])
+def test_classes_are_hidden_as_often_as_asked(quick_settings, probability, hidden):
+    config = TrainingConfig(
+        **quick_settings | dict(class_conditional=True, class_dropout_prob=probability)
+    )
+    stream = ImageStream(load_images(config), 0, 64, False)
+    labels = process(config, stream, BatchPlan(64, 64, 1), 0, 1).draw(0, 0).labels
+    count = int((labels == 10).sum())
+    assert count == hidden * 16 if hidden is not None else 20 < count < 44  # 3 deviations of 4
+
+
+def test_held_out_images_are_measured_and_not_trained_on(quick_settings, tmp_path, capsys):
+    settings = quick_settings | dict(held_out=0.25, held_out_steps=2)
+    del settings["split"]  # the embedded set has a test split, which is taken then
+    out = run(settings, dataset_name=str(numbered_images(tmp_path)), class_conditional=False)
+    rows = [
+        json.loads(line) for line in (out.output_dir / "metrics.jsonl").read_text().splitlines()
+    ]
+    measured = [row for row in rows if "held_out_loss" in row]
+    assert [row["step"] for row in measured] == [2, 4]
+    for row in measured:
+        assert row["train_loss"] > 0
+        assert row["held_out_loss"] > 0
+        assert sum(key.startswith("held_out_loss/") for key in row) >= 5
+    assert "Held out: 5 grey images" in capsys.readouterr().out
+
+
+def test_the_held_out_loss_sees_memorising(quick_settings, tmp_path):
+    """Four images seen hundreds of times: their loss falls below that of others."""
+    settings = quick_settings | dict(
+        dataset_name=str(numbered_images(tmp_path, noise=True)), held_out=0.2, split="train",
+        train_batch_size=16, max_train_steps=150, held_out_steps=150, checkpointing_steps=150,
+        logging_steps=150, learning_rate=3e-3, resolution="8", ema_max_decay=0.9,
+    )  # fmt: skip
+    out = run(settings).output_dir
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if "held_out_loss" in row]
+    assert row["held_out_loss"] > 1.1 * row["train_loss"]
+
+
+def numbered_images(tmp_path, noise=False):
+    """A folder of twenty grey images."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "numbered").mkdir()
+    for i in range(20):
+        pixels = rng.integers(0, 255, (8, 8)) if noise else np.full((8, 8), 10 * i)
+        path = tmp_path / "numbered" / f"{i:02}.png"
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return tmp_path / "numbered"
+
+
+def test_a_network_from_a_configuration(quick_settings, tiny_unet, tmp_path):
+    tiny_unet.save_config(tmp_path / "unet")
+    out = run(quick_settings, model_config_name_or_path=str(tmp_path / "unet")).output_dir
+    saved = DDPMPipeline.from_pretrained(out).unet.config
+    assert saved.block_out_channels == tiny_unet.config.block_out_channels
+    with pytest.raises(InputError, match="model_config_name_or_path was"):
+        run(quick_settings)
+
+
+def test_snapshots_become_an_average_of_another_length(quick_settings, tmp_path):
+    from ddpm_hf.cli import main
+
+    out = run(quick_settings, ema_profiles="0.05,0.10", ema_snapshot_steps=2).output_dir
+    assert main(["ema", str(out), "--length", "0.07", "--output", str(tmp_path / "pipe")]) == 0
+    assert DDPMPipeline.from_pretrained(tmp_path / "pipe")(1, num_inference_steps=1).images
+
+
+def test_a_set_smaller_than_the_global_batch_is_refused(quick_settings):
+    with pytest.raises(InputError, match="has 48 images, fewer than the global batch of 60"):
+        run(quick_settings, train_batch_size=60)
+    assert not Path(quick_settings["output_dir"]).exists()
+
+
+def test_a_decay_too_long_for_the_run_is_said(quick_settings, capsys):
+    run(quick_settings, ema_min_decay=0.9999, max_train_steps=1)
+    assert "keeps 100 % of the initial weights" in capsys.readouterr().out
+
+
+def test_what_the_probe_chose_is_kept_by_the_run(quick_settings, capsys):
+    auto = dict(mixed_precision="auto", memory_format="auto", compile="auto")
+    out = run(quick_settings, max_train_steps=2, **auto).output_dir
+    assert "Computing in" in capsys.readouterr().out
+    chosen = json.loads((out / "config.json").read_text())
+    assert "auto" not in [chosen[name] for name in auto]
+    run(quick_settings, **auto)
+    assert "Computing in" not in capsys.readouterr().out  # measured once
+    assert (
+        json.loads((out / "config.json").read_text()).items()
+        >= {name: chosen[name] for name in auto}.items()
+    )
+
+
+@pytest.mark.slow
+def test_a_compiled_run_in_channels_last(quick_settings, tmp_path):
+    plain = run(quick_settings, output_dir=str(tmp_path / "plain")).output_dir
+    fast = run(quick_settings, compile="yes", memory_format="channels_last").output_dir
+    a, b = weights(plain), weights(fast)
+    assert a.keys() == b.keys()
+    assert not any("_orig_mod" in name for name in b)
+    # other kernels round differently, which Adam's division shows as 1e-5
+    assert all(torch.allclose(a[k], b[k], atol=2e-5) for k in a)
+    assert DDPMPipeline.from_pretrained(fast)(1, num_inference_steps=1).images
 
 
 def test_another_objective_needs_no_change_of_the_loop(quick_settings):

@@ -40,12 +40,12 @@ def start_processes(config: TrainingConfig) -> PartialState:
     if wants_fsdp():
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise InputError("FSDP 1 is not supported: set fsdp_version: 2 in the launcher's file")
-        if state.num_processes == 1:
-            raise InputError("FSDP shards over several processes, and this run has one")
         if config.optimizer == "muon":
             raise InputError(
                 "optimizer muon needs whole matrices, and FSDP shards them: use adamw or adam"
             )
+        if state.num_processes == 1:
+            raise InputError("FSDP shards over several processes, and this run has one")
     if state.device.type == "cpu" or config.cpu_threads != "auto":
         set_threads(config.cpu_threads)
     return state

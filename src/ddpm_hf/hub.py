@@ -24,7 +24,7 @@ def write_card(
     loss: float | None,
     parameters: int,
     channels: int,
-    num_images: int,
+    num_images: int | None,
     global_batch_size: int,
 ) -> Path:
     """Write README.md, the model card, into the folder of a run.
@@ -35,7 +35,7 @@ def write_card(
         loss: The last training loss that was logged, if it is known.
         parameters: Parameters of the network.
         channels: 1 for grey, 3 for RGB.
-        num_images: Images in the training set.
+        num_images: Images in the training set, if that is known.
         global_batch_size: Images per optimiser step.
     """
     name, embedded = config.dataset_name, config.dataset_name == EMBEDDED

@@ -164,7 +164,7 @@ def finish(run: Run, step: int) -> TrainingResult:
                 loss=last_loss,
                 parameters=sum(p.numel() for p in run.unet.parameters()),
                 channels=run.stream.images.channels,
-                num_images=len(run.stream.images),
+                num_images=None if run.config.streaming else len(run.stream.images),
                 global_batch_size=run.plan.global_batch_size,
             )
     run.close()

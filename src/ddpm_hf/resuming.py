@@ -36,6 +36,7 @@ from .errors import InputError, Stopped, TrainingError
 from .pipeline import save_image_grid
 from .run import Run, starts_afresh
 from .stopping import UpdateGuard
+from .streaming import merge_states
 
 
 def open_folder(run: Run) -> int:
@@ -161,15 +162,12 @@ def state_of(run: Run, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[st
     tensors |= {name: average.named_tensors() for name, average in run.averages.items()}
     if run.timestep_history:
         tensors["timestep_history"] = run.timestep_history.state_dict()
-    streams: dict[str, Any] = {}
-    for state in gather_object([run.stream.state(step)]):
-        streams |= state
     state = {
         "optimizer": rest,
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "ema_steps": {name: a.optimization_step for name, a in run.averages.items()},
         "skipped_updates": int(run.guard.skipped),
-        "stream": streams,
+        "stream": merge_states(gather_object([run.stream.state(step)])),
     }
     if run.accelerator.scaler is not None:
         state["scaler"] = run.accelerator.scaler.state_dict()

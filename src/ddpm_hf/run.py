@@ -38,6 +38,7 @@ from .presets import DEFAULT_PROCESS, build_scheduler, build_unet
 from .probe import LAYOUTS, agree, choose_speed, count_flops, peak_flops
 from .scheduler import DDPMScheduler
 from .stopping import StopSignals, UpdateGuard
+from .streaming import LaneStream, StreamedImages, load_stream
 
 TIMESTEP_STREAM, NOISE_STREAM, DROPOUT_STREAM, CLASS_STREAM = 3, 4, 5, 6
 """Random streams of one seed, beside those of data.py."""
@@ -72,7 +73,7 @@ class Run:
     config: TrainingConfig
     accelerator: Accelerator
     plan: BatchPlan
-    stream: ImageStream
+    stream: ImageStream | LaneStream
     held_out: ImageSet | None
     unet: torch.nn.Module
     scheduler: DDPMScheduler
@@ -102,11 +103,13 @@ class Run:
         before = None if starts_afresh(config) else read_settings(config.run_dir)
         plan = plan_batch(config, processes.num_processes, before)
         with processes.local_main_process_first():  # one decodes, the others read its cache
-            images, held_out = split_held_out(config, load_images(config))
-        check_batch(images, plan.global_batch_size)
-        images = place_images(images, processes.device, config.data_on_device)
-        steps = math.ceil(config.num_epochs * len(images) / plan.global_batch_size)
-        total_steps = config.max_train_steps or steps
+            stream, held_out = open_images(config, plan.global_batch_size)
+        images = stream.images
+        if not config.streaming:
+            images = stream.images = place_images(images, processes.device, config.data_on_device)
+        total_steps = config.max_train_steps or math.ceil(
+            config.num_epochs * len(images) / plan.global_batch_size
+        )
 
         network = partial(build_network, config, images)
         settle_speed(config, before, network, plan, total_steps)
@@ -135,7 +138,7 @@ class Run:
             config=config,
             accelerator=accelerator,
             plan=plan,
-            stream=ImageStream(images, config.seed, plan.global_batch_size, config.random_flip),
+            stream=stream,
             held_out=held_out,
             unet=unet,
             scheduler=build_scheduler(config.preset, class_names=images.class_names, **process),
@@ -330,8 +333,11 @@ class Run:
         return count_flops(config) / (peak * self.accelerator.num_processes)
 
     def epoch_ended(self, done: int, every: int) -> bool:
-        """Whether this step ended an epoch that is a multiple of `every`; not the last step."""
-        if not every or done == self.total_steps:
+        """Whether this step ended an epoch that is a multiple of `every`; not the last step.
+
+        A stream has no epochs.
+        """
+        if not every or done == self.total_steps or self.config.streaming:
             return False
         before, after = (
             (n * self.plan.global_batch_size // len(self.stream.images)) // every
@@ -363,7 +369,19 @@ def starts_afresh(config: TrainingConfig) -> bool:
     return config.overwrite_output_dir and not config.resume_from_checkpoint
 
 
-def build_network(config: TrainingConfig, images: ImageSet) -> UNet2DModel:
+def open_images(
+    config: TrainingConfig, global_batch_size: int
+) -> tuple[ImageStream | LaneStream, ImageSet | None]:
+    """The stream of images to train on, and images to measure the loss on."""
+    order = (config.seed, global_batch_size, config.random_flip)
+    if config.streaming:
+        return LaneStream(load_stream(config), *order), None
+    images, held_out = split_held_out(config, load_images(config))
+    check_batch(images, global_batch_size)
+    return ImageStream(images, *order), held_out
+
+
+def build_network(config: TrainingConfig, images: ImageSet | StreamedImages) -> UNet2DModel:
     """The network that the settings and the images ask for."""
     return build_unet(
         config.preset,
