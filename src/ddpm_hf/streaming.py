@@ -31,13 +31,13 @@ from .data import (
     Batch,
     augmentation_draws,
     check_label,
-    crop_each,
     find_label_column,
     open_dataset,
     row_decoder,
     shuffled,
 )
 from .errors import InputError
+from .pixels import crop_each
 
 if TYPE_CHECKING:
     import datasets
