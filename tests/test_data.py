@@ -15,19 +15,16 @@ from ddpm_hf.data import (
     ImageSet,
     ImageStream,
     check_batch,
-    crop_each,
-    deep_to_unit,
-    flatten_transparency,
     load_images,
     open_dataset,
     place_images,
-    resize_to_cover,
     shuffled,
     split_held_out,
     to_network,
     view,
 )
 from ddpm_hf.errors import InputError
+from ddpm_hf.pixels import crop_each
 
 
 def load(path, **settings):
@@ -131,50 +128,6 @@ def test_an_indexed_dataset_on_disk(tmp_path):
 # What happens to a pixel
 
 
-@pytest.mark.parametrize(
-    ("mode", "colour", "background", "expected_mode", "expected"),
-    [
-        ("RGBA", (255, 0, 0, 0), (0, 0, 255), "RGB", (0, 0, 255)),
-        ("RGBA", (255, 0, 0, 255), (0, 0, 255), "RGB", (255, 0, 0)),
-        ("LA", (0, 0), (255, 255, 255), "L", 255),
-        ("LA", (0, 0), (255, 0, 0), "RGB", (255, 0, 0)),
-        ("1", 1, (0, 0, 0), "L", 255),
-        ("L", 9, (0, 0, 0), "L", 9),
-        ("CMYK", (0, 255, 255, 0), (0, 0, 0), "RGB", (255, 0, 0)),
-    ],
-)
-def test_modes(mode, colour, background, expected_mode, expected):
-    flat = flatten_transparency(Image.new(mode, (2, 2), colour), background)
-    assert (flat.mode, flat.getpixel((0, 0))) == (expected_mode, expected)
-
-
-def test_palette_with_transparency():
-    image = Image.new("P", (2, 2), 0)
-    image.putpalette([10, 20, 30])
-    assert flatten_transparency(image, (0, 0, 0)).getpixel((0, 0)) == (10, 20, 30)
-    image.info["transparency"] = 0
-    assert flatten_transparency(image, (1, 2, 3)).getpixel((0, 0)) == (1, 2, 3)
-
-
-@pytest.mark.parametrize(("mode", "key"), [("RGB", (9, 9, 9)), ("L", 9)])
-def test_a_colour_key_is_transparency(tmp_path, mode, key):
-    """PNG's tRNS chunk leaves the mode as it is."""
-    Image.new(mode, (2, 2), key).save(tmp_path / "a.png", transparency=key)
-    flat = flatten_transparency(Image.open(tmp_path / "a.png"), (255, 255, 255))
-    assert flat.mode == mode
-    assert flat.getpixel((0, 0)) in (255, (255, 255, 255))
-
-
-def test_stock_loses_what_is_kept_here(tmp_path):
-    """Pitfall 4.17: convert("RGB") drops transparency, 16 bits and grey."""
-    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
-    assert clear.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
-    assert flatten_transparency(clear, (255, 255, 255)).getpixel((0, 0)) == (255, 255, 255)
-    deep = Image.fromarray(np.array([[30000, 30001]], np.uint16))
-    assert len(set(np.asarray(deep.convert("I").convert("RGB")).ravel())) == 1
-    assert len(np.unique(np.asarray(deep_to_unit(flatten_transparency(deep, (0, 0, 0)))))) == 2
-
-
 def test_grey_in_a_colour_set_becomes_colour_and_a_grey_set_stays_grey(tmp_path):
     folder = save(tmp_path / "x", "a.png", np.full((8, 8), 100, np.uint8))
     assert load(folder).channels == 1
@@ -213,36 +166,6 @@ def test_a_deep_and_a_plain_image_share_one_scale(tmp_path):
     assert to_network(images.gather(np.arange(2), np.zeros((2, 3)), False)).unique().tolist() == [
         1.0
     ]
-
-
-@pytest.mark.parametrize("value", [1.5, -0.1, float("nan")])
-def test_float_images_out_of_range_are_refused(value):
-    with pytest.raises(ValueError, match=r"pixels of mode F must be in \[0, 1\]"):
-        deep_to_unit(Image.fromarray(np.full((2, 2), value, np.float32)))
-
-
-def test_resize_has_antialiasing():
-    """One-pixel stripes at half the size are grey; nearest or plain bilinear sampling keeps
-    stripes.
-    """
-    stripes = np.zeros((64, 64), np.uint8)
-    stripes[:, ::2] = 255
-    small = np.asarray(resize_to_cover(Image.fromarray(stripes), (16, 16), True)).astype(int)
-    assert (
-        np.abs(small[:, 2:-2] - 127).max() <= 20
-    )  # bicubic's ripple; aliasing would give 0 and 255
-
-
-@pytest.mark.parametrize(
-    ("source", "size"), [((20, 24), (8, 8)), ((24, 20), (8, 12)), ((5, 7), (16, 8))]
-)
-def test_rectangles_are_covered_without_distortion(source, size):
-    image = Image.new("L", source[::-1])
-    covered = resize_to_cover(image, size, False)
-    assert covered.height >= size[0]
-    assert covered.width >= size[1]
-    assert covered.height == size[0] or covered.width == size[1]
-    assert resize_to_cover(image, size, True).size == size[::-1]
 
 
 def test_rectangular_training_images(tiny_images):

@@ -1,6 +1,8 @@
 """Streamed image sets: what is drawn, by whom, and that a stopped run goes on exactly."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 
 import datasets
@@ -270,6 +272,17 @@ def test_only_the_current_block_is_read_again(shards, small_window):
     assert len(decoded) == 8
     before, after = (lane.starts for lane in (found.opened[0], again.opened[0]))
     assert after[11] == before[11]
+
+
+def test_a_process_ends_quietly_in_the_middle_of_a_shard(shards):
+    code = (
+        "from ddpm_hf.config import TrainingConfig; from ddpm_hf.streaming import *\n"
+        f"config = TrainingConfig(dataset_name={str(shards)!r}, resolution='8', streaming=True, "
+        "max_train_steps=1)\n"
+        "stream = LaneStream(load_stream(config), 0, 8, False); stream.batch(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Exception ignored" not in done.stderr
 
 
 def test_blocks_do_not_go_back(shards, small_window):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,23 +21,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from PIL import Image, ImageColor
+from PIL import ImageColor
 from torch import Tensor
 
 from .config import EMBEDDED, TrainingConfig
 from .errors import InputError, did_you_mean
+from .pixels import DECODER_VERSION, SHAPE, crop_each, crop_equal, crop_on_device, decode_row, luma
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-DECODER_VERSION = 2
-"""Part of the cache key: raise it when `decode_row` or what it calls changes its result."""
-
 FASHION_MNIST = Path(__file__).parent / "fashion_mnist"
-
-SHAPE = ("channels", "height", "width", "deep")
-"""Columns beside an image's pixels; `deep` is 1 where the source has more than 8 bits."""
 
 AUGMENTATION_STREAM, ORDER_STREAM = 1, 2
 """Random streams of one seed, kept apart."""
@@ -80,87 +75,6 @@ class Batch(NamedTuple):
 def to_network(images: Tensor) -> Tensor:
     """Pixels as the network sees them: float32 in [-1, 1], (B, C, H, W). Ho et al., section 3.3."""
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
-
-
-# One image
-
-
-def flatten_transparency(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Any Pillow image as L, RGB or a deep grey mode, composited on `background`."""
-    has_key = "transparency" in image.info
-    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-        return image
-    if image.mode in ("L", "RGB") and not has_key:
-        return image
-    if image.mode == "1":
-        return image.convert("L")
-    grey = image.mode in ("L", "LA", "La") and len(set(background)) == 1
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or has_key:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
-    return image.convert("L" if grey else "RGB")
-
-
-def deep_to_unit(image: Image.Image) -> Image.Image:
-    """A grey image deeper than 8 bits (16-bit integers, floats in [0, 1]) as float32 in [-1, 1].
-
-    Raises:
-        ValueError: integers beyond 65535, or floats that are not in [0, 1].
-    """
-    pixels = np.asarray(image).astype(np.float32)
-    limit = 1.0 if image.mode == "F" else 65535.0
-    if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= limit):
-        raise ValueError(f"pixels of mode {image.mode} must be in [0, {limit:g}]")
-    return Image.fromarray(pixels / limit * 2 - 1)
-
-
-def resize_to_cover(image: Image.Image, size: tuple[int, int], centre: bool) -> Image.Image:
-    """The image scaled to just cover (height, width), antialiased; cropped to it if `centre`."""
-    height, width = size
-    scale = max(height / image.height, width / image.width)
-    scaled = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-    if image.size != scaled:
-        image = image.resize(scaled, Image.Resampling.BICUBIC)
-    if centre:
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
-    return image
-
-
-def decode_row(
-    row: dict[str, Any],
-    index: int | str,
-    *,
-    column: str,
-    label_column: str | None,
-    size: tuple[int, int],
-    centre: bool,
-    background: tuple[int, int, int],
-    version: int,
-) -> dict[str, Any]:
-    """One row of the image set, decoded for good: bytes, shape, class, or what is wrong with it."""
-    from datasets import Image as ImageFeature
-
-    cell = row[column]
-    label = {} if label_column is None else {"label": row[label_column]}
-    try:
-        if cell is None:
-            raise ValueError("the cell is empty")
-        image = flatten_transparency(ImageFeature().decode_example(cell), background)
-        deep = image.mode not in ("L", "RGB")
-        image = resize_to_cover(deep_to_unit(image) if deep else image, size, centre)
-        pixels = np.asarray(image)
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    # Pillow raises whatever its decoders do on broken bytes; the caller names the file and what was
-    # raised.
-    except Exception as error:  # noqa: BLE001
-        name = (cell or {}).get("path") or f"row {index}"
-        fault = f"{name} ({type(error).__name__}: {' '.join(str(error).split())})"
-        return dict(pixels=b"", **dict.fromkeys(SHAPE), fault=fault, **label)
-    if deep:  # bicubic overshoots
-        pixels = pixels.clip(-1, 1)
-    shape = dict(zip(SHAPE, (*pixels.shape, deep), strict=True))
-    return dict(pixels=pixels.tobytes(), **shape, fault=None, **label)
 
 
 # A set of images
@@ -329,7 +243,8 @@ class ImageSet:
         if self.on_device is None:
             crops = crop_equal(self.stack(indices), draws, self.size, flip=flip)
         else:
-            whole = self.on_device[torch.from_numpy(indices).to(self.on_device.device)]
+            places = torch.from_numpy(indices).to(self.on_device.device, non_blocking=True)
+            whole = self.on_device[places]
             crops = crop_on_device(whole, draws, self.size, flip=flip)
         return crops.expand(-1, self.channels, -1, -1).contiguous()
 
@@ -349,74 +264,6 @@ def view(column: pa.Array) -> np.ndarray:
     if not len(column):
         return np.empty(0, dtype)
     return np.frombuffer(column.buffers()[1], dtype, len(column), column.offset * dtype.itemsize)
-
-
-def crop_each(
-    images: Sequence[np.ndarray],
-    draws: np.ndarray,
-    size: tuple[int, int],
-    *,
-    flip: bool,
-    channels: int,
-    deep: bool,
-) -> Tensor:
-    """Images (C, height, width) of any shapes, cropped and flipped: see `ImageSet.gather`.
-
-    Returns:
-        (B, channels, H, W), float32 in [-1, 1] if `deep`, else uint8.
-    """
-    out = np.empty((len(images), channels, *size), np.float32 if deep else np.uint8)
-    height, width = size
-    for k, (pixels, (top, left, mirror)) in enumerate(zip(images, draws, strict=True)):
-        y, x = int(top * (pixels.shape[1] - height + 1)), int(left * (pixels.shape[2] - width + 1))
-        crop = pixels[:, y : y + height, x : x + width]
-        if flip and mirror < 0.5:
-            crop = crop[..., ::-1]
-        if deep and crop.dtype == np.uint8:
-            crop = crop / np.float32(127.5) - 1
-        if not deep and crop.dtype == np.float32:
-            crop = ((crop + 1) * np.float32(127.5)).round().astype(np.uint8)
-        out[k] = luma(crop) if len(crop) > channels else crop  # one channel broadcasts to three
-    return torch.from_numpy(out)
-
-
-def crop_equal(
-    images: np.ndarray, draws: np.ndarray, size: tuple[int, int], *, flip: bool
-) -> Tensor:
-    """As `crop_each`, all at once, for images of one shape, (B, C, height, width), written over."""
-    spare = np.array(images.shape[2:]) - size
-    if spare.any():
-        top, left = (draws[:, :2] * (spare + 1)).astype(np.int64).T
-        windows = np.lib.stride_tricks.sliding_window_view(images, size, (2, 3))
-        images = windows[np.arange(len(images)), :, top, left]
-    if flip:
-        mirrored = draws[:, 2] < 0.5
-        images[mirrored] = images[mirrored][..., ::-1]
-    return torch.from_numpy(images)
-
-
-def crop_on_device(
-    images: Tensor, draws: np.ndarray, size: tuple[int, int], *, flip: bool
-) -> Tensor:
-    """As `crop_equal`, where the images are; nothing waits for the device."""
-    spare, device = np.array(images.shape[2:]) - size, images.device
-    if spare.any():
-        corners = (draws[:, :2] * (spare + 1)).astype(np.int64)
-        top, left = torch.from_numpy(corners).to(device).unbind(1)
-        windows = images.unfold(2, size[0], 1).unfold(3, size[1], 1)
-        images = windows[torch.arange(len(images), device=device), :, top, left]
-    if flip:
-        mirrored = torch.from_numpy(draws[:, 2] < 0.5).to(device)
-        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-    return images
-
-
-def luma(pixels: np.ndarray) -> np.ndarray:
-    """RGB to grey by ITU-R 601, as Pillow does it: (..., 3, H, W) -> (..., 1, H, W)."""
-    # Not a matrix product: its rounding depends on how many images there are.
-    red, green, blue = np.split(pixels.astype(np.float32), 3, axis=-3)
-    grey = np.float32(0.299) * red + np.float32(0.587) * green + np.float32(0.114) * blue
-    return grey.round().astype(np.uint8) if pixels.dtype == np.uint8 else grey
 
 
 def place_images(images: ImageSet, device: torch.device, wanted: str) -> ImageSet:

@@ -17,6 +17,7 @@ than the blocks is not seen evenly: decode it instead.
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,13 +32,13 @@ from .data import (
     Batch,
     augmentation_draws,
     check_label,
-    crop_each,
     find_label_column,
     open_dataset,
     row_decoder,
     shuffled,
 )
 from .errors import InputError
+from .pixels import crop_each
 
 if TYPE_CHECKING:
     import datasets
@@ -276,6 +277,8 @@ class LaneStream:
         self.lanes = max(n for n in range(1, most + 1) if self.global_batch_size % n == 0)
         self.steps_per_block = max(1, WINDOW // self.global_batch_size)
         self._pool = ThreadPoolExecutor(self.images.num_threads)
+        # datasets' open readers must end before Python does, or each says that it could not.
+        weakref.finalize(self, self.opened.clear)
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """Rows of the global batch of an optimiser step; blocks never go back.
@@ -331,7 +334,8 @@ class LaneStream:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a state of the whole run; the number of processes may be another."""
         self.lanes, self.steps_per_block = state["lanes"], state["steps_per_block"]
-        self.opened, self._starts = {}, state["starts"]
+        self._starts = state["starts"]
+        self.opened.clear()
 
 
 def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
