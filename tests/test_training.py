@@ -385,7 +385,8 @@ def test_half_precision_keeps_the_forward_process_in_float32(quick_settings):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(streaming=True),
+        dict(streaming=True, split="test", random_flip=True),
+        dict(memory_format="channels_last"),
         dict(class_conditional=True),
         dict(loss="hybrid", variance_type="learned_range"),
         dict(loss="vlb", timestep_sampler="loss_second_moment", ddpm_num_steps=25),
@@ -464,11 +465,9 @@ def test_classes_are_hidden_as_often_as_asked(quick_settings, probability, hidde
 
 def test_held_out_images_are_measured_and_not_trained_on(quick_settings, tmp_path, capsys):
     settings = quick_settings | dict(held_out=0.25, held_out_steps=2)
-    del settings["split"]  # the embedded set has a test split, which is taken then
-    out = run(settings, dataset_name=str(numbered_images(tmp_path)), class_conditional=False)
-    rows = [
-        json.loads(line) for line in (out.output_dir / "metrics.jsonl").read_text().splitlines()
-    ]
+    del settings["split"]
+    out = run(settings, dataset_name=str(numbered_images(tmp_path))).output_dir
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     measured = [row for row in rows if "held_out_loss" in row]
     assert [row["step"] for row in measured] == [2, 4]
     for row in measured:
@@ -476,6 +475,17 @@ def test_held_out_images_are_measured_and_not_trained_on(quick_settings, tmp_pat
         assert row["held_out_loss"] > 0
         assert sum(key.startswith("held_out_loss/") for key in row) >= 5
     assert "Held out: 5 grey images" in capsys.readouterr().out
+
+
+def test_a_stream_is_measured_on_its_test_split(quick_settings):
+    settings = quick_settings | dict(streaming=True, split="train", held_out=0.1, held_out_steps=4)
+    out = run(settings).output_dir
+    (row,) = [
+        row for line in (out / "metrics.jsonl").read_text().splitlines()
+        if "held_out_loss" in (row := json.loads(line))
+    ]  # fmt: skip
+    assert row["held_out_loss"] > 0
+    assert "train_loss" not in row
 
 
 def test_the_held_out_loss_sees_memorising(quick_settings, tmp_path):
@@ -506,7 +516,7 @@ def test_a_network_from_a_configuration(quick_settings, tiny_unet, tmp_path):
     tiny_unet.save_config(tmp_path / "unet")
     out = run(quick_settings, model_config_name_or_path=str(tmp_path / "unet")).output_dir
     saved = DDPMPipeline.from_pretrained(out).unet.config
-    assert saved.block_out_channels == tiny_unet.config.block_out_channels
+    assert tuple(saved.block_out_channels) == tiny_unet.config.block_out_channels == (16, 16)
     with pytest.raises(InputError, match="model_config_name_or_path was"):
         run(quick_settings)
 
@@ -546,13 +556,14 @@ def test_what_the_probe_chose_is_kept_by_the_run(quick_settings, capsys):
 
 @pytest.mark.slow
 def test_a_compiled_run_in_channels_last(quick_settings, tmp_path):
-    plain = run(quick_settings, output_dir=str(tmp_path / "plain")).output_dir
-    fast = run(quick_settings, compile="yes", memory_format="channels_last").output_dir
+    settings = quick_settings | dict(adam_epsilon=1e-3)
+    plain = run(settings, output_dir=str(tmp_path / "plain")).output_dir
+    fast = run(settings, compile="yes", memory_format="channels_last").output_dir
     a, b = weights(plain), weights(fast)
     assert a.keys() == b.keys()
     assert not any("_orig_mod" in name for name in b)
-    # other kernels round differently, which Adam's division shows as 1e-5
-    assert all(torch.allclose(a[k], b[k], atol=2e-5) for k in a)
+    # other kernels round differently; the large epsilon keeps Adam from blowing that up
+    assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
     assert DDPMPipeline.from_pretrained(fast)(1, num_inference_steps=1).images
 
 

@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, optim
@@ -265,7 +266,9 @@ def shard_like(saved: Any, parameter: Tensor) -> Any:
     if not isinstance(saved, Tensor) or saved.shape != parameter.shape:
         return saved
     if not hasattr(parameter, "full_tensor"):
-        return saved.to(parameter.device)
+        # In the parameter's layout: torch's fused Adam on a CPU walks through memory and ignores
+        # strides.
+        return torch.empty_like(parameter, dtype=saved.dtype).copy_(saved)
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(

@@ -130,7 +130,9 @@ class TrainingConfig:
         "skip them.",
     )
     dataloader_num_workers: int = arg(
-        0, "Processes that decode the images, once, before training; 0: this one."
+        0,
+        "Processes that decode the images, once, before training; 0: this one. Under --streaming "
+        "threads that decode as they are needed.",
     )
     data_on_device: Literal["auto", "yes", "no"] = arg(
         "auto",
@@ -308,8 +310,6 @@ class TrainingConfig:
         self._check_ranges()
         if self.model_config_name_or_path is None:
             unet_config(self.preset, resolution=self.image_size)
-        if self.held_out and self.streaming:
-            raise InputError("held_out needs all images at hand: leave out --streaming")
         beta_range(self.ddpm_beta_schedule, self.ddpm_num_steps)
         self._check_combinations()
 

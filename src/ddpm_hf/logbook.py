@@ -191,7 +191,7 @@ def save_loss_curve(metrics: Path, path: Path) -> float | None:
         axes.plot(steps[width - 1 :], mean, label=f"mean of {width} logged values")
     held_out = [json.loads(line) for line in lines if '"held_out_loss"' in line]
     for name in ("train_loss", "held_out_loss"):
-        points = [(row["step"], row[name]) for row in held_out]
+        points = [(row["step"], row[name]) for row in held_out if name in row]
         if points:
             axes.plot(*zip(*points, strict=True), marker=".", label=name.replace("_", " "))
     axes.set(xlabel="optimiser step", ylabel="loss", yscale="log")

@@ -84,19 +84,20 @@ def measure_held_out(run: Run, step: int) -> None:
     """Write L_simple of the averaged weights on held-out images and on images trained on.
 
     Both by timestep, with the same noise and timesteps at every step of the run: where the first is
-    larger, the network has begun to memorise.
+    larger, the network has begun to memorise. Of a stream only the held-out images are at hand.
     """
     unet, values = run.averaged_unet(), {}
-    count = min(HELD_OUT_IMAGES, len(run.held_out), len(run.stream.images))
-    for name, images in (("train_loss", run.stream.images), ("held_out_loss", run.held_out)):
+    sets = {"train_loss": run.stream.images, "held_out_loss": run.held_out}
+    if run.config.streaming:
+        del sets["train_loss"]
+    count = min(HELD_OUT_IMAGES, *map(len, sets.values()))
+    for name, images in sets.items():
         window = loss_on(run, unet, images, count)
         values[name], buckets = window.read(run.accelerator)
         values |= loss_by_bucket(name, buckets)
     run.log.write(step, values)
-    run.log.say(
-        f"Step {step}: loss {values['train_loss']:.4f} on images trained on, "
-        f"{values['held_out_loss']:.4f} on held-out ones"
-    )
+    shown = ", ".join(f"{name.replace('_', ' ')} {values[name]:.4f}" for name in sets)
+    run.log.say(f"Step {step}: {shown}")
 
 
 @torch.no_grad()

@@ -375,7 +375,8 @@ def open_images(
     """The stream of images to train on, and images to measure the loss on."""
     order = (config.seed, global_batch_size, config.random_flip)
     if config.streaming:
-        return LaneStream(load_stream(config), *order), None
+        images, held_out = split_held_out(config, load_stream(config))
+        return LaneStream(images, *order), held_out
     images, held_out = split_held_out(config, load_images(config))
     check_batch(images, global_batch_size)
     return ImageStream(images, *order), held_out
