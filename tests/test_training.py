@@ -562,8 +562,9 @@ def test_a_compiled_run_in_channels_last(quick_settings, tmp_path):
     a, b = weights(plain), weights(fast)
     assert a.keys() == b.keys()
     assert not any("_orig_mod" in name for name in b)
-    # other kernels round differently; the large epsilon keeps Adam from blowing that up
-    assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+    # Other kernels round differently: 6e-6 was measured, of at most 4 steps of 2e-4. The large
+    # epsilon keeps Adam from blowing rounding up.
+    assert all(torch.allclose(a[k], b[k], atol=2e-5) for k in a)
     assert DDPMPipeline.from_pretrained(fast)(1, num_inference_steps=1).images
 
 
