@@ -16,7 +16,6 @@ from ddpm_hf.data import (
     ImageStream,
     check_batch,
     load_images,
-    open_dataset,
     place_images,
     shuffled,
     split_held_out,
@@ -25,6 +24,7 @@ from ddpm_hf.data import (
 )
 from ddpm_hf.errors import InputError
 from ddpm_hf.pixels import crop_each
+from ddpm_hf.sources import open_dataset
 
 
 def load(path, **settings):

@@ -20,6 +20,7 @@ ORDER = [
     "presets",
     "config",
     "pixels",
+    "sources",
     "data",
     "streaming",
     "losses",
@@ -66,7 +67,7 @@ def test_a_module_imports_only_modules_above_it(name):
     assert ours <= set(ORDER[: ORDER.index(name)])
     if name in MATHS:
         assert not others & {"accelerate", "matplotlib", "gradio"}
-    if name not in ("pixels", "data", "streaming"):
+    if name not in ("pixels", "sources", "data", "streaming"):
         assert "datasets" not in others
 
 

@@ -11,42 +11,38 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from PIL import ImageColor
 from torch import Tensor
 
-from .config import EMBEDDED, TrainingConfig
-from .errors import InputError, did_you_mean
-from .pixels import DECODER_VERSION, SHAPE, crop_each, crop_equal, crop_on_device, decode_row, luma
+from .config import TrainingConfig
+from .errors import InputError
+from .pixels import SHAPE, crop_each, crop_equal, crop_on_device, luma
+from .sources import (
+    check_label,
+    find_held_out_split,
+    find_image_column,
+    find_label_column,
+    open_dataset,
+    row_decoder,
+)
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-FASHION_MNIST = Path(__file__).parent / "fashion_mnist"
-
 AUGMENTATION_STREAM, ORDER_STREAM = 1, 2
 """Random streams of one seed, kept apart."""
-
-SAVED = ("dataset_info.json", "dataset_dict.json")
-"""Files of a set written by `save_to_disk`."""
-
-ROWS_PER_SHARD = 1024
-"""A saved set is streamed in pieces of so many rows."""
 
 HELD_OUT_KEY = (0, 9)
 """What is held out is the same for every seed of a run."""
 
-HELD_OUT_SPLITS = ("test", "validation", "valid", "val", "dev")
 HELD_OUT_MOST = 2000
 """So many images of a test split are enough: the loss is measured every few hundred steps."""
 
@@ -305,146 +301,6 @@ def check_batch(images: ImageSet, global_batch_size: int) -> None:
         )
 
 
-def open_dataset(
-    config: TrainingConfig, *, streaming: bool = False, every_split: bool = False
-) -> Any:
-    """The image set as `datasets` loads it.
-
-    Returns:
-        A Dataset, or an IterableDataset if `streaming`; a dictionary of all splits if `every_split`
-        (a set saved without splits is itself).
-
-    Raises:
-        InputError: no set is named, or `datasets` cannot load it; its reason is passed on in one
-            line.
-    """
-    import datasets
-
-    name, folder = config.dataset_name, None if config.dataset_name else config.train_data_dir
-    if not (name or folder):
-        raise InputError(
-            "name the images to train on: --dataset_name (Hub id or path) or --train_data_dir "
-            "(folder)"
-        )
-    if folder and not os.path.isdir(folder):
-        raise InputError(f"train_data_dir must be a folder of images; got {folder!r}")
-    split, splits = None if every_split else config.split, split_names(config.split)
-    options = dict(split=split, cache_dir=config.cache_dir, streaming=streaming)
-    try:
-        if folder:
-            # `datasets` reads splits out of file names (test_1.png); here a folder is one set,
-            # unless it has a sub-folder for the split.
-            words = datasets.data_files.SPLIT_KEYWORDS
-            names = [name for split in splits for name in words.get(split, [split])]
-            has_splits = any(os.path.isdir(os.path.join(folder, name)) for name in names)
-            files = {} if has_splits else {splits[0]: "**"}
-            return datasets.load_dataset(
-                "imagefolder", data_dir=folder, data_files=files or None, **options
-            )
-        if name == EMBEDDED:
-            files = {split: str(FASHION_MNIST / f"{split}.parquet") for split in ("train", "test")}
-            return datasets.load_dataset("parquet", data_files=files, **options)
-        if name.endswith(".parquet"):
-            return datasets.load_dataset("parquet", data_files={splits[0]: name}, **options)
-        if any(os.path.isfile(os.path.join(name, file)) for file in SAVED):
-            found = from_disk(name, split)
-            if not streaming:
-                return found
-            return found.to_iterable_dataset(num_shards=len(found) // ROWS_PER_SHARD + 1)
-        return datasets.load_dataset(name, config.dataset_config_name, **options)
-    # `datasets` has no common base class for what it raises about names, files, splits and
-    # networks.
-    except (
-        ValueError,
-        OSError,
-        ImportError,
-        RuntimeError,
-        datasets.exceptions.DatasetsError,
-    ) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"cannot load the image set {folder or name!r}: {reason}") from error
-
-
-def split_names(split: str) -> list[str]:
-    """The splits in an expression of `datasets`: train[:10%]+test -> train, test."""
-    return [part.split("[")[0] for part in split.split("+")]
-
-
-def from_disk(folder: str, split: str | None) -> datasets.Dataset | datasets.DatasetDict:
-    """A set written by `save_to_disk`, the named split where it has several."""
-    import datasets
-
-    found = datasets.load_from_disk(folder)
-    if isinstance(found, datasets.Dataset) or split is None:
-        return found
-    if split not in found:
-        raise ValueError(f"it has the splits {', '.join(found)}, not {split!r}")
-    return found[split]
-
-
-def find_image_column(features: datasets.Features, wanted: str | None) -> str:
-    """The column of images, by its feature type; `wanted` where it is named.
-
-    Raises:
-        InputError: no such column, none with images, or several.
-    """
-    import datasets
-
-    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if wanted in found:
-        return wanted
-    if wanted is not None:
-        raise InputError(
-            f"image_column must be one of the image columns {found}; got "
-            f"{wanted!r}.{did_you_mean(wanted, found)}"
-        )
-    if not found:
-        raise InputError(f"the data set has no column of images; its columns are {dict(features)}")
-    if len(found) > 1:
-        raise InputError(
-            f"the data set has several columns of images, {found}: choose one with --image_column"
-        )
-    return found[0]
-
-
-def find_label_column(features: datasets.Features, wanted: str | None) -> str:
-    """The column of classes: `wanted`, or the only ClassLabel, or integers called label(s).
-
-    Raises:
-        InputError: no such column, one of another type, none, or several.
-    """
-    import datasets
-
-    named = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    integers = [
-        name
-        for name, feature in features.items()
-        if isinstance(feature, datasets.Value) and "int" in feature.dtype
-    ]
-    found = named or [name for name in ("label", "labels") if name in integers]
-    if wanted is not None and wanted not in features:
-        raise InputError(
-            f"label_column must be one of the columns {list(features)}; got {wanted!r}."
-            f"{did_you_mean(wanted, features)}"
-        )
-    if wanted is not None and wanted not in named + integers:
-        raise InputError(
-            f"label_column {wanted!r} must hold classes as integers; it holds {features[wanted]}"
-        )
-    if wanted is not None:
-        return wanted
-    if not found:
-        raise InputError(
-            f"class_conditional needs a column of classes; the columns are {dict(features)}: name "
-            "one with --label_column, or put the images of each class into a sub-folder"
-        )
-    if len(found) > 1:
-        raise InputError(
-            f"the data set has several columns of classes, {found}: choose one with --label_column"
-        )
-    return found[0]
-
-
 def load_images(config: TrainingConfig) -> ImageSet:
     """Load and decode an image set; the second time it comes from `datasets`' cache.
 
@@ -501,31 +357,6 @@ def decode_all(source: datasets.Dataset, config: TrainingConfig) -> ImageSet:
     )
 
 
-def row_decoder(
-    features: datasets.Features, config: TrainingConfig, label_column: str | None
-) -> partial:
-    """`decode_row` with all but its row.
-
-    Raises:
-        InputError: no column of images or several, or a background that is no colour.
-    """
-    try:
-        background = ImageColor.getrgb(config.background)[:3]
-    except ValueError as error:
-        raise InputError(
-            f"background must be a colour name or #rrggbb; got {config.background!r}"
-        ) from error
-    return partial(
-        decode_row,
-        column=find_image_column(features, config.image_column),
-        label_column=label_column,
-        size=config.image_size,
-        centre=config.center_crop,
-        background=background,
-        version=DECODER_VERSION,
-    )
-
-
 def find_faults(table: datasets.Dataset, config: TrainingConfig) -> list[str]:
     """What could not be decoded; InputError if nothing could, or if that is not to be skipped."""
     faults = table.data.column("fault").drop_null()
@@ -556,19 +387,6 @@ def count_classes(table: datasets.Dataset, feature: datasets.Features) -> int:
             check_label(chunk[wrong[0]].as_py(), named, f"row {first + wrong[0]}")
         first += len(chunk)
     return named or pc.max(column).as_py() + 1
-
-
-def check_label(label: int | None, num_classes: int | None, name: str) -> None:
-    """Raise InputError for an image, of some name, whose class is missing or out of range."""
-    if label is None or label < 0 or (num_classes is not None and label >= num_classes):
-        limit = "at least 0" if num_classes is None else f"0 to {num_classes - 1}"
-        raise InputError(
-            f"the class of every image must be {limit}; {name} has {label}: mend it, or name "
-            "another column with --label_column"
-        )
-
-
-# Images not trained on
 
 
 def split_held_out(config: TrainingConfig, images: Any) -> tuple[Any, ImageSet | None]:
@@ -605,13 +423,6 @@ def split_held_out(config: TrainingConfig, images: Any) -> tuple[Any, ImageSet |
     left_out = np.sort(np.concatenate([images.left_out, rows]))
     held = replace(images, table=table, left_out=np.empty(0, np.int64), faults=[])
     return replace(images, left_out=left_out), held
-
-
-def find_held_out_split(config: TrainingConfig) -> str | None:
-    """The first of the set's splits that are for testing and not trained on."""
-    found = open_dataset(config, streaming=config.streaming, every_split=True)
-    names = set(found if isinstance(found, dict) else ()) - set(split_names(config.split))
-    return next((name for name in HELD_OUT_SPLITS if name in names), None)
 
 
 def load_held_out(config: TrainingConfig, images: Any) -> ImageSet:

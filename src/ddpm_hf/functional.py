@@ -24,7 +24,8 @@ def like(coefficient: Tensor, x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     if coefficient.ndim < x.ndim:
         coefficient = coefficient.reshape(-1, *[1] * (x.ndim - 1))
-    return coefficient.to(dtype).to(x.device)
+    # To a GPU without waiting for it; the way back would hand out numbers before they are there.
+    return coefficient.to(dtype).to(x.device, non_blocking=x.device.type != "cpu")
 
 
 def mean_flat(x: Tensor) -> Tensor:

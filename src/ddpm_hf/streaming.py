@@ -28,17 +28,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .config import TrainingConfig
-from .data import (
-    Batch,
-    augmentation_draws,
-    check_label,
-    find_label_column,
-    open_dataset,
-    row_decoder,
-    shuffled,
-)
+from .data import Batch, augmentation_draws, shuffled
 from .errors import InputError
 from .pixels import crop_each
+from .sources import check_label, find_label_column, open_dataset, row_decoder
 
 if TYPE_CHECKING:
     import datasets
