@@ -568,6 +568,26 @@ def test_a_compiled_run_in_channels_last(quick_settings, tmp_path):
     assert DDPMPipeline.from_pretrained(fast)(1, num_inference_steps=1).images
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("data_on_device", ["yes", "no"])
+def test_nothing_waits_for_the_device_between_logs(quick_settings, data_on_device):
+    """torch raises where a step would; the first steps may, while buffers are made."""
+    calls = 0
+
+    def watched(*arguments):
+        nonlocal calls
+        calls += 1
+        torch.cuda.set_sync_debug_mode("error" if 3 <= calls < 8 else "default")
+        return simple_loss(*arguments)
+
+    settings = quick_settings | dict(
+        max_train_steps=9, logging_steps=9, checkpointing_steps=9, random_flip=True
+    )
+    train(TrainingConfig(**settings | dict(data_on_device=data_on_device)), watched)
+    assert calls == 9
+
+
 def test_another_objective_needs_no_change_of_the_loop(quick_settings):
     def absolute(unet, scheduler, x_0, eps, t):
         x_t = scheduler.q_sample(x_0, eps, t)
