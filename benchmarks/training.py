@@ -43,6 +43,7 @@ PINNED = dict(mixed_precision="no", memory_format="contiguous", compile="no")
 AUTO = dict.fromkeys(PINNED, "auto")
 OURS = {
     "ours, fp32": PINNED,
+    "ours, fp32, gradient checkpointing": PINNED | dict(gradient_checkpointing=True),
     "ours, fp32, compiled": PINNED | dict(compile="yes"),
     "ours, bf16": PINNED | dict(mixed_precision="bf16"),
     "ours, bf16, channels_last": PINNED
