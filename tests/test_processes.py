@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline
 from ddpm_hf.checkpoint import list_checkpoints
+from ddpm_hf.sources import FASHION_MNIST
 
 from .conftest import REPOSITORY
 
@@ -23,11 +25,12 @@ JOB = """
 import gc, hashlib, json, os, sys
 import torch
 from torch.nn.parallel import DistributedDataParallel as Wrapper
-from ddpm_hf import TrainingConfig, train
+from ddpm_hf import TrainingConfig, streaming, train
 from ddpm_hf.cli import run
 from ddpm_hf.losses import simple_loss
 from ddpm_hf.run import Run
 
+streaming.WINDOW = 32  # blocks of four steps of eight images
 settings, kill_in, folder = json.loads(sys.argv[1])
 calls = 0
 draw = Run.draw
@@ -165,6 +168,25 @@ def test_a_run_killed_on_two_processes_goes_on_on_one_and_then_on_four(launch, t
     assert "8 images = 4 processes x 2 x 1 micro-steps" in output
     third, _ = launch.draws()
     assert set(first + second + third) == set(all_rows)
+    assert farthest(weights(whole), weights(folder)) < 1e-6
+
+
+def test_a_stream_goes_on_on_another_number_of_processes(launch, tmp_path):
+    """Two lanes over sixteen uneven shards, killed in the third block of the stream."""
+    test = datasets.load_dataset("parquet", data_files=str(FASHION_MNIST / "test.parquet"))["train"]
+    first = 0
+    for shard in range(16):
+        rows = range(first, first := first + 2 + 3 * shard % 7)
+        test.select(rows).to_parquet(str(tmp_path / "shards" / f"train-{shard:02}.parquet"))
+    settings = dict(max_train_steps=14, dataset_name=str(tmp_path / "shards"), split="train",
+                    streaming=True, checkpointing_steps=5, adam_epsilon=1e-3)  # fmt: skip
+    _, whole = launch(1, train_batch_size=8, output_dir=str(tmp_path / "whole"), **settings)
+    all_rows, _ = launch.draws()
+    launch(2, kill_in=12, expect=1, train_batch_size=4, **settings)
+    before, _ = launch.draws()
+    _, folder = launch(1, train_batch_size=4, **settings)
+    after, _ = launch.draws()
+    assert set(before) | set(after) == set(all_rows)
     assert farthest(weights(whole), weights(folder)) < 1e-6
 
 

@@ -107,7 +107,8 @@ def loss_on(run: Run, unet: torch.nn.Module, images: ImageSet, count: int) -> Lo
     window = LossWindow(device, run.config.ddpm_num_steps)
     spread = np.linspace(0, len(images) - 1, count).round().astype(int)
     mine = np.arange(count)[run.accelerator.process_index :: processes]
-    for numbers in np.array_split(mine, math.ceil(len(mine) / run.plan.per_device) or 1):
+    for first in range(0, len(mine), run.plan.per_device):
+        numbers = mine[first : first + run.plan.per_device]
         centre = np.full((len(numbers), 3), 0.5)
         x_0 = to_network(images.gather(spread[numbers], centre, False).to(device))
         eps = torch.stack(
@@ -168,6 +169,8 @@ def finish(run: Run, step: int) -> TrainingResult:
                 num_images=None if run.config.streaming else len(run.stream.images),
                 global_batch_size=run.plan.global_batch_size,
             )
+    if run.config.streaming:
+        run.report_faults()
     run.close()
     run.accelerator.print(
         f"Pipeline:   {result.output_dir}\n"

@@ -70,7 +70,8 @@ def open_folder(run: Run) -> int:
             drop_snapshots(run.directory, average.optimization_step)
         write_text(run.directory / CONFIG, json.dumps(settings, indent=2) + "\n")
         if step == 0:
-            batch = to_network(run.stream.batch(0, slice(64)).images)
+            # Its own rows: a stream opens the lanes of what is drawn.
+            batch = to_network(run.stream.batch(0, slice(min(64, run.plan.per_device))).images)
             save_image_grid(batch, run.directory / "samples" / "first_batch.png")
     run.log.open(step, settings)
     return step

@@ -172,10 +172,7 @@ class Run:
             f"Global batch: {plan.global_batch_size} images = {count} processes x "
             f"{plan.per_device} x {plan.accumulation} micro-steps"
         )
-        for fault in images.faults:
-            say(f"Skipped an image that cannot be decoded: {fault}")
-        if images.faults:
-            say(f"Skipped {len(images.faults)} images in all")
+        self.report_faults()
         if warning := ema_warning(config, self.total_steps):
             say(warning)
         if config.lr_warmup_steps >= self.total_steps:
@@ -183,6 +180,14 @@ class Run:
                 f"Warning: the learning rate warms up for {config.lr_warmup_steps} steps and the "
                 f"run has {self.total_steps}: choose fewer --lr_warmup_steps"
             )
+
+    def report_faults(self) -> None:
+        """Name the images that were left out: before training, or of a stream at its end."""
+        faults, say = self.stream.images.faults, self.accelerator.print
+        for fault in faults:
+            say(f"Skipped an image that cannot be decoded: {fault}")
+        if faults:
+            say(f"Skipped {len(faults)} images in all")
 
     @property
     def directory(self) -> Path:
