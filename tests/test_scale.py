@@ -24,6 +24,7 @@ from ddpm_hf.checkpoint import list_checkpoints
 from ddpm_hf.errors import EXIT_STOPPED
 from ddpm_hf.presets import build_unet, unet_config
 from ddpm_hf.probe import count_flops
+from ddpm_hf.streaming import MOST_SHARDS, SHARDS_PER_LANE, WINDOW, LaneStream, StreamedImages
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / "accelerate_configs"
@@ -160,6 +161,19 @@ def test_a_checkpoint_is_sixteen_bytes_a_parameter(quick_settings):
         "ema-0.1": weights,
         "optimizer": 2 * weights + 4 * len(tensors["unet"]),  # and a count of steps for each
     }
+
+
+def test_lanes_of_a_streamed_set_are_as_many_as_the_document_says():
+    assert f"{WINDOW:,} of them over all lanes" in DOCUMENT
+    assert f"More than {MOST_SHARDS:,} files" in DOCUMENT
+    assert SHARDS_PER_LANE == 8
+    kind = dict(source=None, decoder=None, size=(64, 64), channels=3, deep=False, skip=False)
+    kind |= dict(num_classes=None, class_names=None, probe="", num_threads=1)
+    assert "| 64 lanes x 8 = 512," in DOCUMENT
+    assert "with 100 files | 8 lanes," in DOCUMENT
+    for files, lanes in ((512, 64), (100, 8)):
+        stream = LaneStream(StreamedImages(num_shards=files, **kind), 0, 4096, flip=False)
+        assert stream.lanes == lanes
 
 
 # The SLURM script
