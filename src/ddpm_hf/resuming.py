@@ -73,6 +73,8 @@ def open_folder(run: Run) -> int:
             # Its own rows: a stream opens the lanes of what is drawn.
             batch = to_network(run.stream.batch(0, slice(min(64, run.plan.per_device))).images)
             save_image_grid(batch, run.directory / "samples" / "first_batch.png")
+    accelerator.wait_for_everyone()
+    check_seen(run, run.directory / CONFIG)
     run.log.open(step, settings)
     return step
 
@@ -92,12 +94,18 @@ def find_checkpoint(run: Run) -> Path | None:
     (folder,) = broadcast_object_list(chosen)
     if isinstance(folder, InputError):
         raise folder
-    sees = torch.tensor([folder is None or folder.is_dir()], device=run.accelerator.device)
+    if folder is not None:
+        check_seen(run, folder)
+    return folder
+
+
+def check_seen(run: Run, path: Path) -> None:
+    """Raise InputError on every process if one of them does not see what the first one wrote."""
+    sees = torch.tensor([path.exists()], device=run.accelerator.device)
     if not run.accelerator.gather(sees).all():
         raise InputError(
-            f"not every process sees {folder}: output_dir must be on a disk that all machines share"
+            f"not every process sees {path}: output_dir must be on a disk that all machines share"
         )
-    return folder
 
 
 def _choose_checkpoint(run: Run) -> Path | None:
