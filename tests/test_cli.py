@@ -169,3 +169,30 @@ def test_waiting_threads_spin_briefly_unless_the_user_says_otherwise(monkeypatch
         monkeypatch.setenv(name, value)
     share_cores()
     assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_classes_are_sampled_by_name_by_number_and_in_turn(tiny_unet, tmp_path):
+    from diffusers import UNet2DModel
+
+    unet = UNet2DModel.from_config(tiny_unet.config, num_class_embeds=4)
+    scheduler = build_scheduler(class_names=["cat", "dog", "hen"])
+    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "pipe")
+    words = ["sample", str(tmp_path / "pipe"), "--num_images", "6", "--num_inference_steps", "2"]
+    made = {}
+    for name, label in {
+        "all": [], "dog": ["--class_label", "dog"], "one": ["--class_label", "1"],
+        "guided": ["--class_label", "dog", "--guidance_scale", "3"],
+    }.items():  # fmt: skip
+        output = tmp_path / f"{name}.npy"
+        assert main([*words, *label, "--output", str(output)]) == 0
+        made[name] = np.load(output).astype(int)
+    assert np.array_equal(made["dog"], made["one"])
+    # batches of other labels round differently: at most one grey level
+    assert np.abs(made["dog"][[1, 4]] - made["all"][[1, 4]]).max() <= 1
+    assert not np.array_equal(made["dog"][[0, 2]], made["all"][[0, 2]])
+    assert not np.array_equal(made["dog"], made["guided"])
+
+
+def test_a_class_that_the_network_does_not_have(folder, capsys):
+    assert main(["sample", str(folder), "--class_label", "cat", "--grid", "g.png"]) == 2
+    assert "this network is unconditional" in capsys.readouterr().err

@@ -50,3 +50,11 @@ def test_the_card_of_a_local_set_does_not_name_its_path(tmp_path):
     assert "a local image set" in made.text
     assert "secret" not in made.text
     assert "the last ones" in made.text
+
+
+def test_the_card_of_a_class_conditional_network_does_not_promise_what_stock_cannot(tmp_path):
+    text = card(tmp_path, dataset_name="embedded", class_conditional=True).text
+    assert "diffusers' own `DDPMPipeline` cannot sample" in text
+    assert "from diffusers import DDPMPipeline" not in text
+    assert text.count("class_labels=0") == 2
+    assert "{%" not in text

@@ -44,6 +44,13 @@ def sample_command(argv: list[str]) -> None:
     )
     add("--num_inference_steps", type=int, help="Denoising steps (default: all for ddpm, else 50).")
     add("--scheduler", help="ddpm, ddim, dpm++, unipc, euler, heun or pndm (default: as saved).")
+    add("--class_label", help="Class, by name or number (default: all of them in turn).")
+    add(
+        "--guidance_scale",
+        type=float,
+        default=1.0,
+        help="1 + w in classifier-free guidance (default: %(default)s, off).",
+    )
     add("--output", help="Folder for PNGs, or a .npy or .npz file.")
     add("--grid", help="Picture of the first 64 images.")
     args = parser.parse_args(argv)
@@ -62,6 +69,8 @@ def sample_command(argv: list[str]) -> None:
         batch_size=args.batch_size,
         seed=args.seed,
         num_inference_steps=default if given is None else given,
+        class_label=int(label) if (label := args.class_label or "").isdigit() else label or None,
+        guidance_scale=args.guidance_scale,
         grid=args.grid,
     )
     print("\n".join(f"Wrote {path}" for path in (args.output, args.grid) if path))

@@ -54,13 +54,34 @@ def load_pipeline(repo_or_folder: str, scheduler: str | None = None) -> DDPMPipe
 
 
 def sample_batches(
-    pipe: DDPMPipeline, num_images: int, *, batch_size: int, seed: int, num_inference_steps: int
+    pipe: DDPMPipeline,
+    num_images: int,
+    *,
+    batch_size: int,
+    seed: int,
+    num_inference_steps: int,
+    class_label: int | str | None = None,
+    guidance_scale: float = 1.0,
 ) -> Iterator[np.ndarray]:
-    """Images in batches, uint8 (B, H, W, C); image i is drawn from (seed, i) in any batch."""
+    """Images in batches, uint8 (B, H, W, C); image i is drawn from (seed, i) in any batch.
+
+    Of a class-conditional network all images have the class that is named; without one image i has
+    class i, modulo their number.
+    """
+    classes = (pipe.unet.config.num_class_embeds or 0) - 1  # the last is the null class
     for first in range(0, num_images, batch_size):
         numbers = range(first, min(first + batch_size, num_images))
-        generators = seeded_generators(seed, numbers)
-        images = pipe(len(numbers), generators, num_inference_steps, output_type="np").images
+        labels = class_label
+        if labels is None and classes > 0:
+            labels = [number % classes for number in numbers]
+        images = pipe(
+            len(numbers),
+            seeded_generators(seed, numbers),
+            num_inference_steps,
+            output_type="np",
+            class_labels=labels,
+            guidance_scale=guidance_scale,
+        ).images
         yield (images * 255).round().astype(np.uint8)
 
 
@@ -72,6 +93,8 @@ def sample_to(
     batch_size: int = 64,
     seed: int = 0,
     num_inference_steps: int = 1000,
+    class_label: int | str | None = None,
+    guidance_scale: float = 1.0,
     grid: str | Path | None = None,
 ) -> None:
     """Sample images into `output` as they come, and the first 64 of them into one picture.
@@ -84,10 +107,14 @@ def sample_to(
         batch_size: How many at once.
         seed: Image i is drawn from (seed, i).
         num_inference_steps: Denoising steps.
+        class_label: One class, number or name, for all images of a class-conditional network; all
+            classes in turn when not given.
+        guidance_scale: 1 + w in classifier-free guidance; 1.0 is off.
         grid: File of the picture.
 
     Raises:
-        InputError: nothing to write to, a number below 1, or an output that exists already.
+        InputError: nothing to write to, a number below 1, a class that the network does not have,
+            or an output that exists already.
     """
     _check(pipe, output, num_images, batch_size, seed, num_inference_steps, grid)
     channels, height, width = pipe.image_shape
@@ -102,6 +129,8 @@ def sample_to(
             batch_size=batch_size,
             seed=seed,
             num_inference_steps=num_inference_steps,
+            class_label=class_label,
+            guidance_scale=guidance_scale,
         ):
             images = images[..., 0] if channels == 1 else images
             shown += [Image.fromarray(image) for image in images[: 64 - len(shown)]]
