@@ -109,11 +109,20 @@ class Average(EMAModel):
         return math.prod(float(self.decay_at(step)) for step in since)
 
     def step(self, parameters) -> None:
-        """Count an optimiser step, and update the average if it is time to."""
-        if (self.optimization_step + 1) % self.update_every:
-            self.optimization_step += 1
+        """Count an optimiser step, and update the average if it is time to.
+
+        In place: EMAModel's own update makes a copy of all weights on the way.
+        """
+        self.optimization_step += 1
+        if self.optimization_step % self.update_every:
+            return
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        weights = [parameter.detach() for parameter in parameters]
+        if self.foreach:
+            torch._foreach_lerp_(self.shadow_params, weights, 1 - self.cur_decay_value)
         else:
-            super().step(parameters)
+            for average, weight in zip(self.shadow_params, weights, strict=True):
+                average.lerp_(weight, 1 - self.cur_decay_value)
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The average by the parameters' names, whole and on the CPU.
