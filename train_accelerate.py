@@ -7,8 +7,7 @@ Your own images:
     accelerate launch train_accelerate.py --train_data_dir my_images --resolution 64 --random_flip
 Ho et al. 2020, as published, on one GPU, and on eight:
     accelerate launch train_accelerate.py --recipe cifar10
-    accelerate launch --multi_gpu --num_processes 8 train_accelerate.py --recipe cifar10 \
-        --train_batch_size 16
+    accelerate launch --multi_gpu --num_processes 8 train_accelerate.py --recipe cifar10
 Two processes on a CPU:
     torchrun --nproc_per_node 2 train_accelerate.py
 

@@ -60,6 +60,25 @@ def test_leftovers_of_a_kill_are_cleared_and_nothing_else(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "other", ".mine"}
 
 
+def test_a_kill_before_the_first_file_leaves_a_folder_that_can_be_used(tmp_path):
+    (tmp_path / ".config.json.partial").write_text("{")
+    ck.check_folder(tmp_path)
+    ck.clear_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".mine").touch()
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        ck.check_folder(tmp_path)
+
+
+def test_lines_of_metrics_that_were_cut_are_left_out(tmp_path):
+    path = tmp_path / ck.METRICS
+    path.write_text('{"step": 1}\n{"step": 2, "lo{"step": 3}\n{"step": 4}\n{"step": 5, "l')
+    assert ck.read_metrics(path) == [{"step": 1}, {"step": 4}]
+    ck.keep_metrics(path, 3)
+    assert path.read_text() == '{"step": 1}\n'
+    assert ck.read_metrics(tmp_path / "nowhere") == []
+
+
 def test_a_newer_format_is_refused_and_not_taken_for_damage(tmp_path):
     write(tmp_path, 1)
     manifest = write(tmp_path, 2) / ck.MANIFEST
@@ -205,7 +224,7 @@ def test_harmless_changes_are_listed_and_identity_is_refused(tmp_path):
 def test_identity_names_existing_settings():
     from ddpm_hf.config import field_names
 
-    assert set(ck.IDENTITY) - set(field_names()) == {"learned_variance", "data_fingerprint"}
+    assert set(ck.IDENTITY) - set(field_names()) == {"trained_variance", "data_fingerprint"}
 
 
 @pytest.mark.parametrize(

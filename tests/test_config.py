@@ -100,6 +100,18 @@ def test_the_papers_other_recipes(recipe, preset, rate, batch, steps, flip):
     assert config.dropout == (0.1 if preset == "cifar10" else 0.0)
 
 
+def test_published_batches_hold_on_any_number_of_devices():
+    from ddpm_hf.devices import plan_batch
+
+    for recipe, batch in (("cifar10", 128), ("cifar10-batch512", 512), ("lsun-bedroom", 64)):
+        config = TrainingConfig.from_recipe(recipe)
+        for processes in (1, 2, 8):
+            plan = plan_batch(config, processes)
+            assert plan == (batch, batch // processes, 1)
+        smaller = TrainingConfig.from_recipe(recipe, train_batch_size=16)
+        assert plan_batch(smaller, 1) == (batch, 16, batch // 16)
+
+
 def test_the_diffusers_recipe_holds_the_scripts_defaults():
     config = TrainingConfig.from_recipe("diffusers-unconditional")
     expected = dict(
@@ -134,8 +146,14 @@ def test_the_diffusers_recipe_holds_the_scripts_defaults():
         (["--push_to_hub"], "push_to_hub comes with the next release"),
         (["--variance_type", "learned_range"], "is not trained by the simple loss"),
         (["--loss", "hybrid"], "loss hybrid adds the bound for a learned variance only"),
-        (["--ema_profiles", "0.05,long"], "ema_profiles must be relative lengths .*'0.05,long'"),
-        (["--ema_profiles", "0.3"], "ema_profiles must be relative lengths"),
+        (["--ema_profiles", "0.05,long"], "ema_profiles must be two or more .*'0.05,long'"),
+        (["--ema_profiles", "0.05,0.3"], "ema_profiles must be two or more relative lengths"),
+        (["--ema_profiles", "0.05"], "ema_profiles must be two or more relative lengths"),
+        (["--label_column", "x"], "label_column has no effect without --class_conditional"),
+        (
+            ["--streaming", "--data_on_device", "yes", "--max_train_steps", "1"],
+            "data_on_device yes needs all images at hand",
+        ),
         (["--dataset_name", "x", "--streaming"], "streaming does not know how long an epoch is"),
         (["--resolution", "30"], "resolution 30x30 cannot be halved 2 times.*for example 28x28"),
         (

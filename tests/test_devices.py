@@ -69,7 +69,7 @@ def test_what_is_asked_for_and_not_there_is_refused(environment, message, monkey
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message) as caught:
-        start_processes(config())
+        start_processes(config(optimizer="adamw"))
     assert "\n" not in str(caught.value)
 
 
@@ -89,6 +89,22 @@ def test_muon_cannot_be_sharded(monkeypatch):
     assert wants_fsdp()
     with pytest.raises(InputError, match="muon needs whole matrices, and FSDP shards them"):
         start_processes(config(optimizer="muon"))
+
+
+def test_what_cannot_be_sharded_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(InputError, match="FSDP shards contiguous weights only"):
+        start_processes(config(optimizer="adamw", memory_format="channels_last"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(InputError, match="on a CPU FSDP2 computes in fp32"):
+        start_processes(config(optimizer="adamw", mixed_precision="bf16"))
+
+
+def test_a_launcher_that_says_cpu_gets_it(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert start_processes(config()).device.type == "cpu"
 
 
 def test_one_process_starts_on_what_there_is():

@@ -196,6 +196,34 @@ def test_processes_that_cannot_share_the_global_batch_are_refused(launch):
     assert "a global batch of 3 images cannot be shared equally by 2 processes" in output
 
 
+def test_what_one_process_cannot_read_ends_all_in_a_line(launch, tmp_path):
+    """The first decodes; the others would wait for it."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no image")
+    output, _ = launch(
+        2, dataset_name=str(tmp_path / "broken"), split="train", class_conditional=False, expect=1
+    )
+    assert output.count("error: 1 of 1 images cannot be decoded") >= 1
+    assert "Traceback" not in output.split("error: 1 of 1")[0]
+
+
+def test_gradients_that_are_not_finite_end_all_processes(launch):
+    output, _ = launch(
+        2, learning_rate=1e30, max_train_steps=100, logging_steps=10, max_grad_norm=0, expect=1
+    )
+    assert output.count("error: the gradients of steps") == 2
+
+
+def test_muon_on_two_processes(launch, tmp_path):
+    settings = dict(optimizer="muon", max_train_steps=3, checkpointing_steps=3, adam_epsilon=1e-3)
+    one, two = (
+        launch(n, train_batch_size=8 // n, output_dir=str(tmp_path / f"{n}"), **settings)[1]
+        for n in (1, 2)
+    )
+    # Muon makes every direction of a gradient equally long, rounding's too; .02 is its rate
+    assert farthest(weights(one), weights(two)) < 2e-3
+
+
 def test_the_history_of_losses_is_the_same_on_every_process(launch, tmp_path):
     settings = dict(timestep_sampler="loss_second_moment", ddpm_num_steps=30, max_train_steps=100,
                     loss="vlb", checkpointing_steps=100, adam_epsilon=1e-3)  # fmt: skip

@@ -302,7 +302,7 @@ def test_a_decoded_set_has_no_state():
 
 
 def test_a_saved_set_is_streamed_in_pieces(tmp_path, monkeypatch, small_window):
-    monkeypatch.setattr("ddpm_hf.data.ROWS_PER_SHARD", 10)
+    monkeypatch.setattr("ddpm_hf.sources.ROWS_PER_SHARD", 10)
     features = datasets.Features(image=datasets.Image())
     part = datasets.Dataset.from_dict({"image": [grey(i) for i in range(165)]}, features=features)
     datasets.DatasetDict(train=part).save_to_disk(tmp_path / "set")

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -16,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,6 +24,7 @@ from ddpm_hf import DDPMPipeline, TrainingConfig, train
 from ddpm_hf.checkpoint import list_checkpoints
 from ddpm_hf.data import ImageStream, load_images
 from ddpm_hf.devices import BatchPlan, available_cores
+from ddpm_hf.ema import Average
 from ddpm_hf.errors import InputError
 from ddpm_hf.losses import simple_loss
 from ddpm_hf.optimization import build_optimizer
@@ -196,13 +197,13 @@ def test_metrics_deleted_by_hand_do_not_stop_the_end(quick_settings):
 def test_a_changed_ema_decay_takes_effect(quick_settings, monkeypatch):
     run(quick_settings, max_train_steps=2)
     decays = []
-    step = EMAModel.step
+    step = Average.step
 
     def spy(self, parameters):
         step(self, parameters)
-        decays.append(self.cur_decay_value)
+        decays.append(self.decay(self.optimization_step))
 
-    monkeypatch.setattr(EMAModel, "step", spy)
+    monkeypatch.setattr(Average, "step", spy)
     run(quick_settings, max_train_steps=4, ema_max_decay=0.1)
     assert decays == [0.1, 0.1]
 
@@ -527,6 +528,40 @@ def test_snapshots_become_an_average_of_another_length(quick_settings, tmp_path)
     out = run(quick_settings, ema_profiles="0.05,0.10", ema_snapshot_steps=2).output_dir
     assert main(["ema", str(out), "--length", "0.07", "--output", str(tmp_path / "pipe")]) == 0
     assert DDPMPipeline.from_pretrained(tmp_path / "pipe")(1, num_inference_steps=1).images
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_done_again(quick_settings):
+    out = run(quick_settings).output_dir
+    for folder in list_checkpoints(out):
+        shutil.rmtree(folder)
+    with pytest.raises(InputError, match="its checkpoints are gone.*--overwrite_output_dir"):
+        run(quick_settings)
+    assert (out / "model_index.json").is_file()
+    assert run(quick_settings, overwrite_output_dir=True).step == 4
+
+
+def test_a_checkpoint_of_another_run_is_not_taken_for_ones_own(quick_settings, tmp_path):
+    run(quick_settings)
+    elsewhere = str(tmp_path / "other" / "checkpoint-2")
+    with pytest.raises(InputError, match="is no checkpoint of this run, which has"):
+        run(quick_settings, resume_from_checkpoint=elsewhere)
+
+
+def test_the_share_of_the_peak_is_logged_in_runs_that_are_long_enough(quick_settings, monkeypatch):
+    monkeypatch.setattr("ddpm_hf.run.SECONDS_TO_MFU", 0.0)
+    out = run(quick_settings).output_dir
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < row["mfu"] < 1 for row in rows)
+
+
+def test_no_row_of_a_batch_keeps_to_one_stratum(quick_settings):
+    """Rows of a stream's batch belong to lanes: each has to meet every noise level."""
+    config = TrainingConfig(**quick_settings)
+    stream = ImageStream(load_images(config), 0, 8, False)
+    one = process(config, stream, BatchPlan(8, 8, 1), 0, 1)
+    strata = torch.stack([one.draw(step, 0).t * 8 // 1000 for step in range(60)])
+    assert all(len(column.unique()) == 8 for column in strata.T)  # misses one of 8 in 60: 3e-3
+    assert all(sorted(row.tolist()) == list(range(8)) for row in strata)
 
 
 def test_a_set_smaller_than_the_global_batch_is_refused(quick_settings):

@@ -50,7 +50,7 @@ IDENTITY = (
     "ddpm_num_steps",
     "ddpm_beta_schedule",
     "prediction_type",
-    "learned_variance",
+    "trained_variance",
     "loss",
     "snr_gamma",
     "timestep_sampler",
@@ -119,23 +119,33 @@ def save_checkpoint(
     return final
 
 
-def write_tensors(path: Path, named: dict[str, Tensor]) -> None:
+def write_tensors(
+    path: Path, named: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write named tensors, on any device, as a safetensors file.
 
     Raises:
         OSError: it could not be written.
     """
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     try:
-        save_file(whole, path)
+        save_file(contiguous, path, metadata=metadata)
     except SafetensorError as error:  # how it reports a full disk
         raise OSError(f"cannot write {path}: {' '.join(str(error).split())}") from error
 
 
+def leftovers(run_dir: Path) -> list[Path]:
+    """What a process that was killed while it saved has left behind: hidden, and named by us."""
+    return [path for path in run_dir.glob(".*") if path.suffix in (".partial", ".replaced")]
+
+
 def clear_leftovers(run_dir: Path) -> None:
     """Delete what a process that was killed while it saved has left behind."""
-    for folder in [*run_dir.glob(".checkpoint-*.partial"), *run_dir.glob(".checkpoint-*.replaced")]:
-        shutil.rmtree(folder, ignore_errors=True)
+    for path in leftovers(run_dir):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -192,10 +202,18 @@ def damage(folder: Path) -> str | None:
 
 def verify(folder: Path) -> None:
     """Raise InputError for a checkpoint that is damaged, or written in a newer format."""
+    check_format(folder)
     wrong = damage(folder)
     if wrong:
         raise InputError(f"checkpoint {folder} is damaged: {wrong}")
-    written = json.loads((folder / MANIFEST).read_text()).get("format", 1)
+
+
+def check_format(folder: Path) -> None:
+    """Raise InputError for a checkpoint in a newer format; one that is damaged may pass."""
+    try:
+        written = int(json.loads((folder / MANIFEST).read_text()).get("format", 1))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return
     if written > FORMAT:
         raise InputError(
             f"checkpoint {folder} was written by a newer ddpm_hf (format {written}, this one reads "
@@ -218,14 +236,13 @@ def find_latest(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, or None; and what is wrong with newer ones, passed over.
 
     Raises:
-        InputError: there are checkpoints, and none is whole; or the newest whole one has a newer
-            format.
+        InputError: there are checkpoints, and none is whole; or one has a newer format.
     """
     passed_over = []
     for folder in reversed(list_checkpoints(run_dir)):
+        check_format(folder)
         wrong = damage(folder)
         if wrong is None:
-            verify(folder)
             return folder, passed_over
         passed_over.append(f"checkpoint {folder} is damaged: {wrong}")
     if passed_over:
@@ -326,7 +343,8 @@ def read_settings(directory: Path) -> dict[str, Any] | None:
 
 def check_folder(directory: Path) -> None:
     """Raise InputError if a folder holds something, and that is no run of ours."""
-    if directory.exists() and any(directory.iterdir()) and read_settings(directory) is None:
+    there = set(directory.iterdir()) if directory.exists() else set()
+    if there - set(leftovers(directory)) and read_settings(directory) is None:
         raise InputError(
             f"output_dir {directory} is not empty and holds no run of ddpm_hf: name another folder"
         )
@@ -370,7 +388,9 @@ def clear_run(directory: Path) -> None:
     logs = Path(settings["logging_dir"])
     if logs.parts and not logs.is_absolute() and ".." not in logs.parts:  # inside the run's folder
         folders.append(logs)
-    folders += [path.name for path in directory.glob("*checkpoint-*") if path.is_dir()]
+    ours = re.compile(r"(aside-)?checkpoint-\d+")
+    folders += [path.name for path in directory.iterdir() if ours.fullmatch(path.name)]
+    clear_leftovers(directory)
     for name in folders:
         shutil.rmtree(directory / name, ignore_errors=True)
     for name in ("model_index.json", "README.md", "loss_curve.png", METRICS, CONFIG):
@@ -381,7 +401,18 @@ def keep_metrics(path: Path, step: int) -> None:
     """Drop the lines of steps that were lost with a stop and will be done again."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-    if kept != lines:
-        write_text(path, "".join(kept))
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    text = "".join(json.dumps(row) + "\n" for row in kept)
+    if text != path.read_text():
+        write_text(path, text)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics; a line that a kill or a full disk cut is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows

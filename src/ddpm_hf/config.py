@@ -354,6 +354,10 @@ class TrainingConfig:
             )
         if self.streaming and self.max_train_steps is None:
             raise InputError("streaming does not know how long an epoch is: set --max_train_steps")
+        if self.streaming and self.data_on_device == "yes":
+            raise InputError("data_on_device yes needs all images at hand: leave out --streaming")
+        if self.label_column and not self.class_conditional:
+            raise InputError("label_column has no effect without --class_conditional: add it")
         self.ema_lengths  # noqa: B018  raises for what is no list of lengths
         threads = self.cpu_threads
         if threads != "auto" and not (threads.isdigit() and int(threads) > 0):
@@ -396,10 +400,10 @@ class TrainingConfig:
         except ValueError:
             lengths = [INFINITY]
         # Karras et al. 2024, eq. (126): a power profile has a relative length below 12 ** -0.5.
-        if not all(0 < length < 12**-0.5 for length in lengths):
+        if not all(0 < length < 12**-0.5 for length in lengths) or len(set(lengths)) == 1:
             raise InputError(
-                "ema_profiles must be relative lengths between 0 and 0.288, like 0.05,0.10; got "
-                f"{self.ema_profiles!r}"
+                "ema_profiles must be two or more relative lengths between 0 and 0.288, like "
+                f"0.05,0.10; got {self.ema_profiles!r}"
             )
         return lengths
 

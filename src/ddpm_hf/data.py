@@ -275,8 +275,9 @@ def place_images(images: ImageSet, device: torch.device, wanted: str) -> ImageSe
     """
     if wanted == "auto":
         fits = images.shape is not None and device.type == "cuda"
-        wanted = fits and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 5 and "yes"
-    if wanted != "yes":
+        fits = fits and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 5
+        wanted = "yes" if fits else "no"
+    if wanted == "no":
         return images
     if images.shape is None:
         raise InputError(
@@ -297,7 +298,8 @@ def check_batch(images: ImageSet, global_batch_size: int) -> None:
     if len(images) < global_batch_size:
         raise InputError(
             f"the image set has {len(images)} images, fewer than the global batch of "
-            f"{global_batch_size}: choose a smaller --train_batch_size"
+            f"{global_batch_size}: choose a smaller --train_batch_size or --global_batch_size, or "
+            "fewer --gradient_accumulation_steps"
         )
 
 

@@ -35,7 +35,8 @@ def start_processes(config: TrainingConfig) -> PartialState:
             raise InputError(f"{name} is not supported: launch with DDP (--multi_gpu) or FSDP2")
     AcceleratorState._reset_state(True)  # a notebook may train twice, in different precisions
     # The others wait for the process that decodes the images.
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=2))
+    on_cpu = _is_on("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu, timeout=timedelta(hours=2))
     _check_processes(state.num_processes)
     if wants_fsdp():
         if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -44,6 +45,10 @@ def start_processes(config: TrainingConfig) -> PartialState:
             raise InputError(
                 "optimizer muon needs whole matrices, and FSDP shards them: use adamw or adam"
             )
+        if config.memory_format == "channels_last":
+            raise InputError("FSDP shards contiguous weights only: leave out --memory_format")
+        if on_cpu and config.mixed_precision not in ("auto", "no"):
+            raise InputError("on a CPU FSDP2 computes in fp32: add --mixed_precision no")
         if state.num_processes == 1:
             raise InputError("FSDP shards over several processes, and this run has one")
     if state.device.type == "cpu" or config.cpu_threads != "auto":
@@ -68,7 +73,8 @@ def _check_processes(there: int) -> None:
     if there == 1 and (asked > 1 or (lonely and "WORLD_SIZE" not in os.environ)):
         raise InputError(
             f"the launcher was asked for {asked if asked > 1 else 'several'} processes, and one "
-            "takes part. On a CPU use: torchrun --nproc_per_node 2 train_accelerate.py ..."
+            "takes part. On a CPU use torchrun --nproc_per_node 2 train_accelerate.py ...; without "
+            "a launcher every process needs RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
         )
 
 

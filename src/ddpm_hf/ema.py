@@ -8,21 +8,19 @@ lengths, which `post_hoc` makes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers.training_utils import EMAModel
 from numpy.polynomial import Polynomial
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .checkpoint import flush
+from .checkpoint import flush, shard_like, whole, write_tensors
 from .config import TrainingConfig
 from .errors import InputError
 from .sampling import load_pipeline
@@ -72,13 +70,15 @@ def gamma_of_length(sigma_rel: float) -> float:
     return float(cubic.roots().real.max())
 
 
-class Average(EMAModel):
-    """A running average of a network's parameters; diffusers' EMAModel with a profile of ours.
+class Average:
+    """A running average of a network's parameters, taken in place.
 
-    Its state is the average and the number of optimiser steps done, `optimization_step`.
+    Its state is the average and the number of optimiser steps done, `optimization_step`. Not
+    diffusers' EMAModel: that has another profile at the first step (0, whatever is asked for),
+    copies all weights at each update, and cannot average over several steps at once.
 
     Args:
-        network: Averaged are its parameters, also where FSDP2 has sharded them (DTensor).
+        network: Averaged are its parameters, also where FSDP2 has sharded them.
         decay_at: The profile.
         update_every: Update every so many steps, by the product of their decays: the length of the
             average stays the same.
@@ -93,52 +93,46 @@ class Average(EMAModel):
         update_every: int = 1,
         sigma_rel: float | None = None,
     ) -> None:
-        self.names, parameters = zip(*network.named_parameters(), strict=True)
-        # torch cannot copy lists of sharded tensors at once.
-        super().__init__(parameters, foreach=not any(isinstance(p, DTensor) for p in parameters))
+        self.averages = {name: p.detach().clone() for name, p in network.named_parameters()}
         self.decay_at, self.update_every, self.sigma_rel = decay_at, update_every, sigma_rel
+        self.optimization_step = 0
+        # torch has no operations on lists of sharded tensors.
+        self.at_once = not any(hasattr(t, "full_tensor") for t in self.averages.values())
 
     @property
     def averaged_steps(self) -> int:
         """The step of the last update."""
         return self.optimization_step - self.optimization_step % self.update_every
 
-    def get_decay(self, optimization_step: int) -> float:
+    def decay(self, step: int) -> float:
         """The decay of an update at this step, over all steps since the update before."""
-        since = range(optimization_step - self.update_every + 1, optimization_step + 1)
+        since = range(step - self.update_every + 1, step + 1)
         return math.prod(float(self.decay_at(step)) for step in since)
 
-    def step(self, parameters) -> None:
-        """Count an optimiser step, and update the average if it is time to.
-
-        In place: EMAModel's own update makes a copy of all weights on the way.
-        """
+    def step(self, parameters: Iterable[Tensor]) -> None:
+        """Count an optimiser step, and update the average if it is time to."""
         self.optimization_step += 1
         if self.optimization_step % self.update_every:
             return
-        self.cur_decay_value = self.get_decay(self.optimization_step)
         weights = [parameter.detach() for parameter in parameters]
-        if self.foreach:
-            torch._foreach_lerp_(self.shadow_params, weights, 1 - self.cur_decay_value)
-        else:
-            for average, weight in zip(self.shadow_params, weights, strict=True):
-                average.lerp_(weight, 1 - self.cur_decay_value)
+        towards = 1 - self.decay(self.optimization_step)
+        if self.at_once:
+            torch._foreach_lerp_(list(self.averages.values()), weights, towards)
+            return
+        for average, weight in zip(self.averages.values(), weights, strict=True):
+            average.lerp_(weight, towards)
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The average by the parameters' names, whole and on the CPU.
 
         Every process must call it where the network is sharded.
         """
-        whole = (t.full_tensor() if isinstance(t, DTensor) else t for t in self.shadow_params)
-        return {name: t.cpu() for name, t in zip(self.names, whole, strict=True)}
+        return {name: whole(tensor).cpu() for name, tensor in self.averages.items()}
 
     def load(self, tensors: dict[str, Tensor], step: int) -> None:
         """Go on from `named_tensors` after `step` optimiser steps; on every process."""
-        for name, shadow in zip(self.names, self.shadow_params, strict=True):
-            value = tensors[name].to(shadow.device)
-            if isinstance(shadow, DTensor):
-                value = distribute_tensor(value, shadow.device_mesh, shadow.placements)
-            shadow.copy_(value)
+        for name, average in self.averages.items():
+            average.copy_(shard_like(tensors[name], average))
         self.optimization_step = step
 
 
@@ -218,13 +212,12 @@ def save_snapshot(run_dir: Path, average: Average, tensors: dict[str, Tensor]) -
     partial_file = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     about = dict(step=step, sigma_rel=average.sigma_rel, gamma=gamma_of_length(average.sigma_rel))
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        partial_file,
-        metadata={key: str(value) for key, value in about.items()},
-    )
-    flush(partial_file)
-    partial_file.replace(path)
+    try:
+        write_tensors(partial_file, tensors, {key: str(value) for key, value in about.items()})
+        flush(partial_file)
+        partial_file.replace(path)
+    finally:
+        partial_file.unlink(missing_ok=True)
     flush(path.parent)
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checkpoint import METRICS, keep_metrics
+from .checkpoint import METRICS, keep_metrics, read_metrics
 from .config import TrainingConfig
 
 BUCKETS = 10
@@ -47,7 +50,7 @@ class LossWindow:
 
         A bucket without an image is NaN.
         """
-        optimised, plain, count = accelerator.reduce(self.sums, reduction="sum").double().cpu()
+        optimised, plain, count = accelerator.reduce(self.sums, reduction="sum").cpu().double()
         self.sums = torch.zeros_like(self.sums)
         return float(optimised.sum() / count.sum()), (plain / count).tolist()
 
@@ -63,7 +66,7 @@ class Logbook:
         self.window = LossWindow(accelerator.device, config.ddpm_num_steps)
         self.loss: float | None = None
         self.bar: tqdm | None = None
-        self._failed = False
+        self._warned = False
 
     def open(self, step: int, settings: dict[str, Any]) -> None:
         """Go on at `step`: later lines of metrics are dropped, trackers get the settings."""
@@ -151,10 +154,18 @@ class Logbook:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
+    @contextmanager
+    def spared(self, failure: str) -> Iterator[None]:
+        """A full disk inside does not end the run: it is said, and training goes on."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            self.say(f"Warning: {failure}, training goes on ({error})")
+
     def warn_once(self, line: str) -> None:
         """A line for the user, the first time only."""
-        if not self._failed:
-            self._failed = True
+        if not self._warned:
+            self._warned = True
             self.say(f"Warning: {line}")
 
 
@@ -178,8 +189,8 @@ def save_loss_curve(metrics: Path, path: Path) -> float | None:
     """Plot the logged losses, and their running mean, over the steps; returns the last loss."""
     from matplotlib.figure import Figure
 
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    rows = [row for row in map(json.loads, lines) if "loss" in row]
+    found = read_metrics(metrics)
+    rows = [row for row in found if "loss" in row]
     if not rows:  # deleted by hand
         return None
     steps, losses = np.array([[row["step"], row["loss"]] for row in rows]).T
@@ -189,9 +200,8 @@ def save_loss_curve(metrics: Path, path: Path) -> float | None:
     if len(losses) > width:
         mean = np.convolve(losses, np.ones(width) / width, mode="valid")
         axes.plot(steps[width - 1 :], mean, label=f"mean of {width} logged values")
-    held_out = [json.loads(line) for line in lines if '"held_out_loss"' in line]
     for name in ("train_loss", "held_out_loss"):
-        points = [(row["step"], row[name]) for row in held_out if name in row]
+        points = [(row["step"], row[name]) for row in found if name in row]
         if points:
             axes.plot(*zip(*points, strict=True), marker=".", label=name.replace("_", " "))
     axes.set(xlabel="optimiser step", ylabel="loss", yscale="log")

@@ -20,7 +20,7 @@ def build_optimizer(unet: torch.nn.Module, config: TrainingConfig) -> torch.opti
     if config.optimizer != "muon":
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
         device = next(unet.parameters()).device.type
-        return kind(unet.parameters(), **adamw, fused=device in ("cpu", "cuda", "mps"))
+        return kind(unet.parameters(), **adamw, fused=device in ("cpu", "cuda"))
     from pytorch_optimizer import Muon
 
     hidden, rest = [], []

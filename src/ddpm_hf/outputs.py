@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from diffusers import UNet2DModel
 
 from .checkpoint import METRICS, list_checkpoints
 from .data import ImageSet, to_network
@@ -17,7 +19,7 @@ from .hub import write_card
 from .logbook import LossWindow, loss_by_bucket, save_loss_curve
 from .losses import simple_loss
 from .pipeline import DDPMPipeline, save_image_grid, seeded_generators
-from .resuming import stop
+from .resuming import of_main, stop
 from .run import Run
 from .scheduler import DDPMScheduler
 
@@ -76,8 +78,9 @@ def save_samples(run: Run, step: int, path: Path) -> None:
     images = run.accelerator.gather(images.contiguous())
     if run.accelerator.is_main_process:
         order = torch.arange(len(images)).view(processes, -1).T.flatten()
-        save_image_grid(images[order][:count], path)
-        run.log.write_picture(step, path)
+        with run.log.spared(f"{path} could not be saved"):
+            save_image_grid(images[order][:count], path)
+            run.log.write_picture(step, path)
 
 
 def measure_held_out(run: Run, step: int) -> None:
@@ -127,23 +130,48 @@ def loss_on(run: Run, unet: torch.nn.Module, images: ImageSet, count: int) -> Lo
 
 
 def save_pipeline(run: Run) -> None:
-    """Write the pipeline into the run's folder, each file replaced in one piece."""
+    """Write the pipeline into the run's folder, while training goes on."""
     unet = run.averaged_unet()
     if run.accelerator.is_main_process:
-        partial = run.directory / ".pipeline.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        scheduler = DDPMScheduler.from_config(run.scheduler.config)
-        DDPMPipeline(unet, scheduler).save_pretrained(partial)
-        for file in [path for path in partial.rglob("*") if path.is_file()]:
-            target = run.directory / file.relative_to(partial)
-            target.parent.mkdir(exist_ok=True)
-            file.replace(target)
-        shutil.rmtree(partial)
+        with run.log.spared("the pipeline could not be saved"):
+            write_pipeline(run, unet)
     run.accelerator.wait_for_everyone()
 
 
+def write_pipeline(run: Run, unet: UNet2DModel) -> None:
+    """Write a pipeline into the run's folder, each file replaced in one piece."""
+    partial_folder = run.directory / ".pipeline.partial"
+    scheduler = DDPMScheduler.from_config(run.scheduler.config)
+    try:
+        DDPMPipeline(unet, scheduler).save_pretrained(partial_folder)
+        for file in [path for path in partial_folder.rglob("*") if path.is_file()]:
+            target = run.directory / file.relative_to(partial_folder)
+            target.parent.mkdir(exist_ok=True)
+            file.replace(target)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+
+
+def write_report(run: Run, step: int, loss_curve: Path) -> None:
+    """The curve of the loss, and the card: the last file that a run writes."""
+    write_card(
+        run.config,
+        step=step,
+        loss=save_loss_curve(run.directory / METRICS, loss_curve),
+        parameters=sum(p.numel() for p in run.unet.parameters()),
+        channels=run.stream.images.channels,
+        num_images=None if run.config.streaming else len(run.stream.images),
+        global_batch_size=run.plan.global_batch_size,
+    )
+
+
 def finish(run: Run, step: int) -> TrainingResult:
-    """Save what was learned, say where it is; a run that was finished before is left alone."""
+    """Save what was learned, say where it is; a run that was finished before is left alone.
+
+    Raises:
+        InputError: a disk that is full: the same command again tries again.
+        Stopped: a signal came; the state is saved.
+    """
     result = TrainingResult(
         output_dir=run.directory,
         step=step,
@@ -156,19 +184,9 @@ def finish(run: Run, step: int) -> TrainingResult:
             "This run is finished: add steps with --max_train_steps, or name another folder"
         )
     else:
-        save_pipeline(run)
+        of_main(run, partial(write_pipeline, run, run.averaged_unet()))
         save_samples(run, step, result.samples)
-        if run.accelerator.is_main_process:
-            last_loss = save_loss_curve(run.directory / METRICS, result.loss_curve)
-            write_card(
-                run.config,
-                step=step,
-                loss=last_loss,
-                parameters=sum(p.numel() for p in run.unet.parameters()),
-                channels=run.stream.images.channels,
-                num_images=None if run.config.streaming else len(run.stream.images),
-                global_batch_size=run.plan.global_batch_size,
-            )
+        of_main(run, partial(write_report, run, step, result.loss_curve))
     if run.config.streaming:
         run.report_faults()
     run.close()

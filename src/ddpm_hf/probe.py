@@ -212,8 +212,8 @@ def images_per_second(
         if speed.compile:
             torch.compiler.reset()
         gc.collect()
-        if device.type != "cpu":
-            torch.accelerator.empty_cache()
+        if device.type in ("cuda", "mps"):
+            getattr(torch, device.type).empty_cache()
     return batch_size / min(seconds)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .checkpoint import (
@@ -46,9 +49,10 @@ def open_folder(run: Run) -> int:
         InputError: the folder holds something else, or a run with another identity.
     """
     accelerator, config = run.accelerator, run.config
+    trained = config.loss == "vlb" or config.variance_type == "learned_range"
     settings = asdict(config) | {
         "global_batch_size": run.plan.global_batch_size,
-        "learned_variance": config.variance_type == "learned_range",
+        "trained_variance": config.variance_type if trained else "none",
         "data_fingerprint": run.stream.images.fingerprint(),
     }
     if not starts_afresh(config):
@@ -58,45 +62,50 @@ def open_folder(run: Run) -> int:
     if starts_afresh(config) and accelerator.is_main_process:
         clear_run(run.directory)
     accelerator.wait_for_everyone()
-    folder = find_checkpoint(run)
+    folder = of_main(run, partial(choose_checkpoint, run))
+    if folder is not None:
+        check_seen(run, folder)
     step = restore(run, load_checkpoint(folder)) if folder else 0
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for name in set_aside(run.directory, step):
-            accelerator.print(f"Renamed {name} to aside-{name}: this run goes on before it")
-        run.directory.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(run.directory)
-        for average in run.power_averages:
-            drop_snapshots(run.directory, average.optimization_step)
-        write_text(run.directory / CONFIG, json.dumps(settings, indent=2) + "\n")
-        if step == 0:
-            # Its own rows: a stream opens the lanes of what is drawn.
-            batch = to_network(run.stream.batch(0, slice(min(64, run.plan.per_device))).images)
-            save_image_grid(batch, run.directory / "samples" / "first_batch.png")
-    accelerator.wait_for_everyone()
+    of_main(run, partial(tidy_folder, run, step, settings))
     check_seen(run, run.directory / CONFIG)
     run.log.open(step, settings)
     return step
 
 
-def find_checkpoint(run: Run) -> Path | None:
-    """The checkpoint to go on from, if any, chosen by one process for all.
+def of_main(run: Run, act: Callable[[], Any]) -> Any:
+    """What `act` gives on the main process, on every process.
 
     Raises:
-        InputError: no such checkpoint, a damaged one, or one that a process does not see.
+        InputError: it could not be done, on every process, so that none waits for it.
     """
-    chosen: list[Any] = [None]
+    answer = None
     if run.accelerator.is_main_process:
         try:
-            chosen = [_choose_checkpoint(run)]
+            answer = act()
         except InputError as error:
-            chosen = [error]
-    (folder,) = broadcast_object_list(chosen)
-    if isinstance(folder, InputError):
-        raise folder
-    if folder is not None:
-        check_seen(run, folder)
-    return folder
+            answer = error
+        except (OSError, SafetensorError) as error:
+            answer = InputError(f"cannot write to {run.directory}: {error}")
+    (answer,) = broadcast_object_list([answer])
+    if isinstance(answer, InputError):
+        raise answer
+    return answer
+
+
+def tidy_folder(run: Run, step: int, settings: dict[str, Any]) -> None:
+    """Make the folder, drop what lies beyond `step`, and write the settings and a first batch."""
+    for name in set_aside(run.directory, step):
+        run.accelerator.print(f"Renamed {name} to aside-{name}: this run goes on before it")
+    run.directory.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(run.directory)
+    for average in run.power_averages:
+        drop_snapshots(run.directory, average.optimization_step)
+    write_text(run.directory / CONFIG, json.dumps(settings, indent=2) + "\n")
+    if step == 0:
+        # The rows of this process: a stream opens the lanes of what is drawn.
+        batch = to_network(run.stream.batch(0, slice(min(64, run.plan.per_device))).images)
+        save_image_grid(batch, run.directory / "samples" / "first_batch.png")
 
 
 def check_seen(run: Run, path: Path) -> None:
@@ -108,11 +117,17 @@ def check_seen(run: Run, path: Path) -> None:
         )
 
 
-def _choose_checkpoint(run: Run) -> Path | None:
+def choose_checkpoint(run: Run) -> Path | None:
+    """The checkpoint to go on from, if any.
+
+    Raises:
+        InputError: no such checkpoint, a damaged one, or none where a run was finished.
+    """
     wanted = run.config.resume_from_checkpoint
     if wanted and wanted != "latest":
         folder = run.directory / Path(wanted).name
-        if folder not in list_checkpoints(run.directory):
+        elsewhere = wanted != folder.name and Path(wanted).resolve() != folder.resolve()
+        if elsewhere or folder not in list_checkpoints(run.directory):
             raise InputError(
                 f"resume_from_checkpoint {wanted!r} is no checkpoint of this run, which has "
                 f"{[path.name for path in list_checkpoints(run.directory)]}"
@@ -122,6 +137,11 @@ def _choose_checkpoint(run: Run) -> Path | None:
     folder, passed_over = find_latest(run.directory)
     for line in passed_over:
         run.accelerator.print(f"{line}; using the one before it")
+    if folder is None and (run.directory / "README.md").is_file():
+        raise InputError(
+            f"the run in {run.directory} was finished, and its checkpoints are gone: there is "
+            "nothing to go on from. Start afresh with --overwrite_output_dir"
+        )
     return folder
 
 
@@ -163,10 +183,10 @@ def state_of(run: Run, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[st
     """What a checkpoint holds: (tensors by group, JSON). Every process has to ask."""
     unet = run.accelerator.unwrap_model(run.unet)
     optimizer, rest = split_optimizer(run.optimizer.optimizer)
-    tensors = {"unet": dict(unet.named_parameters()), "optimizer": optimizer}
+    # On the CPU one by one: sharded tensors would not fit on a device whole.
     tensors = {
-        group: {name: whole(tensor) for name, tensor in named.items()}
-        for group, named in tensors.items()
+        group: {name: whole(tensor.detach()).cpu() for name, tensor in named.items()}
+        for group, named in {"unet": dict(unet.named_parameters()), "optimizer": optimizer}.items()
     }
     tensors |= {name: average.named_tensors() for name, average in run.averages.items()}
     if run.timestep_history:
@@ -196,13 +216,15 @@ def save_checkpoint(run: Run, step: int) -> bool:
     if run.accelerator.is_main_process:
         try:
             write_checkpoint(run.directory, step, tensors, state)
-            rotate(run.directory, run.config.checkpoints_total_limit)
         except OSError as error:
             saved = False
             run.log.say(
                 f"Warning: checkpoint-{step} could not be saved, those before it stand, and "
                 f"training goes on ({error})"
             )
+        if saved:
+            with run.log.spared("old checkpoints could not be deleted"):
+                rotate(run.directory, run.config.checkpoints_total_limit)
     (saved,) = broadcast_object_list([saved])
     run.saved_step = step if saved else run.saved_step
     return saved
@@ -213,10 +235,8 @@ def save_snapshots(run: Run, step: int) -> None:
     for average in run.power_averages:
         tensors = average.named_tensors()
         if run.accelerator.is_main_process:
-            try:
+            with run.log.spared(f"the snapshot of step {step} could not be saved"):
                 save_snapshot(run.directory, average, tensors)
-            except OSError as error:
-                run.log.say(f"Warning: the snapshot of step {step} could not be saved ({error})")
 
 
 def stop(run: Run, reason: str, step: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from torch import Tensor
@@ -25,11 +28,13 @@ from .data import (
     check_batch,
     load_images,
     place_images,
+    shuffled,
     split_held_out,
     to_network,
 )
 from .devices import BatchPlan, plan_batch, start_accelerator, start_processes, wants_fsdp
 from .ema import Average, build_ema, build_power_averages, ema_warning
+from .errors import InputError
 from .functional import mix_seed
 from .logbook import Logbook
 from .losses import LossSecondMoment, drop_classes, stratified_timesteps, uniform_timesteps
@@ -102,8 +107,7 @@ class Run:
         check_folder(config.run_dir)
         before = None if starts_afresh(config) else read_settings(config.run_dir)
         plan = plan_batch(config, processes.num_processes, before)
-        with processes.local_main_process_first():  # one decodes, the others read its cache
-            stream, held_out = open_images(config, plan.global_batch_size)
+        stream, held_out = in_turn(processes, partial(open_images, config, plan.global_batch_size))
         images = stream.images
         if not config.streaming:
             images = stream.images = place_images(images, processes.device, config.data_on_device)
@@ -173,6 +177,14 @@ class Run:
             f"{plan.per_device} x {plan.accumulation} micro-steps"
         )
         self.report_faults()
+        if config.streaming:
+            say(
+                "A stream has no epochs: grids come by --save_images_steps, the pipeline at the end"
+            )
+        if plan.per_device * 4 < min(config.train_batch_size, plan.global_batch_size // count):
+            say(
+                "Warning: so few images at once are slow: choose a global batch that divides better"
+            )
         if warning := ema_warning(config, self.total_steps):
             say(warning)
         if config.lr_warmup_steps >= self.total_steps:
@@ -241,7 +253,9 @@ class Run:
             t = self.timestep_history.sample(draws)[rows]
             weight = self.timestep_history.weight(t).float()
         else:
-            t = TIMESTEP_SAMPLERS[config.timestep_sampler](draws, config.ddpm_num_steps)[rows]
+            t = TIMESTEP_SAMPLERS[config.timestep_sampler](draws, config.ddpm_num_steps)
+            # Strata come in order, and so do the lanes of a stream: neither may go with the other.
+            t = t[shuffled(np.arange(len(t)), len(t), (config.seed, TIMESTEP_STREAM, step))[rows]]
 
         if labels is not None:
             hidden = self._uniform(CLASS_STREAM, step)[rows]
@@ -321,20 +335,24 @@ class Run:
         }
         line = f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s"
         long = time.perf_counter() - self.log.started > SECONDS_TO_MFU
-        if long and self.accelerator.is_main_process:
+        if long and self.accelerator.is_main_process and self._seconds_per_image_at_best:
             values["mfu"] = values["images_per_second"] * self._seconds_per_image_at_best
             line += f", {values['mfu']:.0%} MFU"
         self.log.write(step, values)
         self.log.show(step, line)
 
     @cached_property
-    def _seconds_per_image_at_best(self) -> float:
+    def _seconds_per_image_at_best(self) -> float | None:
         """Of all processes together, if they did nothing but the network's products at their peak.
 
         Images/s times this is the model FLOP/s utilisation (Chowdhery et al. 2022, appendix B).
+        None where the device has no memory left to measure it.
         """
         config = dict(self.accelerator.unwrap_model(self.unet).config)
-        peak = peak_flops(self.accelerator.device, self.config.mixed_precision)
+        try:
+            peak = peak_flops(self.accelerator.device, self.config.mixed_precision)
+        except torch.OutOfMemoryError:
+            return None
         return count_flops(config) / (peak * self.accelerator.num_processes)
 
     def epoch_ended(self, done: int, every: int) -> bool:
@@ -359,19 +377,51 @@ class Run:
 
     def close(self) -> None:
         """End the run's processes and trackers; nothing can be trained or saved after."""
-        self.log.close()
         self.accelerator.wait_for_everyone()
-        # DDP's wrapper goes before its process group. The other way round the wrapper drops the
-        # last reference to it under Python's lock, and may wait for gloo's threads for ever.
+        self.release()
+        self.accelerator.end_training()
+
+    @contextmanager
+    def held(self) -> Iterator[Run]:
+        """The run, let go of at the end, however it comes."""
+        try:
+            yield self
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let go of what must not outlive the processes' group, however the run ended.
+
+        DDP's wrapper goes first. The other way round the wrapper drops the last reference to the
+        group under Python's lock, and may wait for gloo's threads for ever.
+        """
+        self.log.close()
         self.unet = self.accelerator.unwrap_model(self.unet)
         self.stop.group = None
         self.accelerator.free_memory()
-        self.accelerator.end_training()
 
 
 def starts_afresh(config: TrainingConfig) -> bool:
     """Whether to delete the run that stands in the folder."""
     return config.overwrite_output_dir and not config.resume_from_checkpoint
+
+
+def in_turn(processes: PartialState, load: Callable[[], Any]) -> Any:
+    """What `load` gives, in one process of a machine first: the others read the cache it leaves.
+
+    Raises:
+        InputError: that one process's, on every process, so that none waits for it.
+    """
+    loaded, problem = None, None
+    if processes.is_local_main_process:
+        try:
+            loaded = load()
+        except InputError as error:
+            problem = error
+    problems = [error for error in gather_object([problem]) if error]
+    if problems:
+        raise problem or problems[0]
+    return loaded if processes.is_local_main_process else load()
 
 
 def open_images(
@@ -416,10 +466,15 @@ def settle_speed(
     for name in names:
         if getattr(config, name) == "auto" and before:
             setattr(config, name, before.get(name, "auto"))
+    state = PartialState()
+    if (
+        wants_fsdp()
+    ):  # torch shards contiguous weights only, and on a CPU `prepare` is not accelerate's
+        config.memory_format = "contiguous"
+        config.mixed_precision = "no" if state.device.type == "cpu" else config.mixed_precision
     with torch.device("meta"):
         unet_config = dict(network().config)
     images = plan.per_device * plan.accumulation
-    state = PartialState()
     speed = agree(
         partial(
             choose_speed,
@@ -440,7 +495,14 @@ def prepare(
     accelerator: Accelerator, unet: UNet2DModel, optimizer: torch.optim.Optimizer
 ) -> tuple[torch.nn.Module, Any]:
     """Accelerate's wrappers; on a CPU, where it ignores FSDP, torch's own sharding."""
-    if not (wants_fsdp() and accelerator.device.type == "cpu"):
+    if not wants_fsdp():
+        return accelerator.prepare(unet, optimizer)
+    if accelerator.device.type != "cpu":
+        if not accelerator.is_fsdp2:
+            raise InputError(
+                f"FSDP2 was asked for, and accelerate runs {accelerator.distributed_type.value}: "
+                "set distributed_type: FSDP in the launcher's file"
+            )
         return accelerator.prepare(unet, optimizer)
     from torch.distributed.fsdp import fully_shard
 

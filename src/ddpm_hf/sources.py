@@ -70,7 +70,7 @@ def open_dataset(
             return datasets.load_dataset("parquet", data_files={splits[0]: name}, **options)
         if any(os.path.isfile(os.path.join(name, file)) for file in SAVED):
             found = from_disk(name, split)
-            if not streaming:
+            if not streaming or isinstance(found, dict):
                 return found
             return found.to_iterable_dataset(num_shards=len(found) // ROWS_PER_SHARD + 1)
         return datasets.load_dataset(name, config.dataset_config_name, **options)
@@ -207,6 +207,3 @@ def check_label(label: int | None, num_classes: int | None, name: str) -> None:
             f"the class of every image must be {limit}; {name} has {label}: mend it, or name "
             "another column with --label_column"
         )
-
-
-# Images not trained on

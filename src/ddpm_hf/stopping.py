@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from .errors import TrainingError
@@ -119,7 +118,7 @@ def explained_failures(train_batch_size: int, accumulation: int) -> Iterator[Non
         raise TrainingError(out_of_memory(train_batch_size, accumulation)) from error
     except RuntimeError as error:
         text = str(error)
-        if should_reduce_batch_size(error) or "can't allocate memory" in text:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
             raise TrainingError(out_of_memory(train_batch_size, accumulation)) from error
         lost = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
         if isinstance(error, dist.DistError) or any(sign in text for sign in lost):

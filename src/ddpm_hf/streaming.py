@@ -50,8 +50,8 @@ MOST_SHARDS = 1024
 PROBE = 64
 """Images that are looked at before a run, to know their kind."""
 
-SHARD_STREAM, BLOCK_STREAM = 6, 7
-"""Random streams of one seed, beside those of data.py and run.py."""
+SHARD_STREAM, BLOCK_STREAM = 8, 9
+"""Random streams of one seed, beside those of data.py, run.py and outputs.py."""
 
 
 class Example(NamedTuple):
@@ -69,7 +69,7 @@ class StreamedImages:
     Attributes:
         source: The images, encoded, and their classes.
         num_shards: Pieces of `source` that are read one by one.
-        decoder: `data.decode_row`, with all but its row.
+        decoder: `pixels.decode_row`, with all but its row.
         size: (height, width) of a batch's images.
         channels: 1 or 3; deep: whether batches are float32. Decided by the first 64 images.
         skip: Whether images that cannot be decoded are passed over.

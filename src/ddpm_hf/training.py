@@ -36,8 +36,8 @@ def train(
     loss_fn = loss_fn or objective(config)
     run = Run.build(config)
     config, accelerator = run.config, run.accelerator
-    step = open_folder(run)
-    with run.stop, explained_failures(run.plan.per_device, run.plan.accumulation):
+    with run.stop, run.held(), explained_failures(run.plan.per_device, run.plan.accumulation):
+        step = open_folder(run)
         run.log.start(step)
         while step < run.total_steps:
             run.unet.train()
