@@ -1,7 +1,7 @@
 """Time to quality: FD over seconds of training, stock's recipe and ours, on one machine in turn.
 
     GOMP_SPINCOUNT=10000 python benchmarks/time_to_quality.py --yardstick YARDSTICK.py \
-        --images fashion_mnist_train.parquet --stock_sampler
+        --images fashion_mnist_train.parquet --stock_sampler 150
 
 Every point is a run of its own, whose learning rate falls over just that time: a rate that was meant
 to fall over 480 seconds would make either recipe look bad at 60. The number of steps is the budget
@@ -13,7 +13,8 @@ that a machine that slows down slows both down.
 Both train a U-Net (32, 64, 64) of one layer a block and 1.1M parameters on 28x28 grey garments: stock's
 with diffusers' defaults, ours the preset `fashion-quick`, whose choices are part of the recipe
 (--stock_network fashion-quick lets stock train ours). Samples are 1,000 images by DDIM in 20 evaluations, of
-the averaged weights; --stock_sampler adds stock's own 1000-step sampler for its longest run.
+the averaged weights; --stock_sampler N adds, for stock's longest run, N images by its own 1000-step
+sampler and N by DDIM, to be compared with each other: 1,000 by 1,000 steps would take more than an hour.
 Writes benchmarks/results/OUTPUT.json, a row a run, as each run ends.
 """  # noqa: E501
 
@@ -168,21 +169,24 @@ def measure(recipe: str, budget: float, args: argparse.Namespace) -> list[dict]:
             "settings": speed,
         }
         pipe = load_pipeline(f"{folder}/run")
-        samplers = {"DDIM, 20 steps, trailing": (DDIMScheduler, 20)}
+        ddim = ("DDIM, 20 steps, trailing", DDIMScheduler, 20)
+        samplers = [(*ddim, NUM_IMAGES["fashion"])]
         if recipe == "stock" and args.stock_sampler and budget == max(args.stock_seconds):
-            samplers["stock's DDPM, 1000 steps"] = (DDPMScheduler, 1000)
+            samplers.append((*ddim, args.stock_sampler))
+            samplers.append(("stock's DDPM, 1000 steps", DDPMScheduler, 1000, args.stock_sampler))
         rows = []
-        for name, (scheduler, num_steps) in samplers.items():
+        for name, scheduler, evaluations, count in samplers:
             # Of 1000 steps trailing are the same as any other.
             pipe.scheduler = scheduler.from_config(
                 pipe.scheduler.config, timestep_spacing="trailing"
             )
             started = time.perf_counter()
             quality = measure_quality(
-                pipe, args.yardstick, "fashion", num_inference_steps=num_steps
+                pipe, args.yardstick, "fashion", num_inference_steps=evaluations, num_images=count
             )
-            seconds = round(time.perf_counter() - started, 1)
-            rows.append(row | {"sampler": name, "sampling_seconds": seconds} | quality)
+            sampled = {"sampler": name, "num_images": count}
+            seconds = {"sampling_seconds": round(time.perf_counter() - started, 1)}
+            rows.append(row | sampled | seconds | quality)
         return rows
 
 
@@ -195,7 +199,7 @@ def main() -> None:
     parser.add_argument("--stock_network", default="stock", help="`stock`, or a preset of ours.")
     parser.add_argument("--stock_seconds", type=float, nargs="*", default=[240, 480])
     parser.add_argument("--our_seconds", type=float, nargs="*", default=[16, 32, 60, 120, 240, 480])
-    parser.add_argument("--stock_sampler", action="store_true", help="See above; half an hour.")
+    parser.add_argument("--stock_sampler", type=int, default=0, help="See above; 150: 15 minutes.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="time-to-quality", help="File in results/.")
     args = parser.parse_args()

@@ -367,7 +367,7 @@ def test_the_launchers_precision_is_taken_when_none_is_asked_for(
     quick_settings, monkeypatch, capsys
 ):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    run(quick_settings, max_train_steps=1)
+    run(quick_settings, mixed_precision="auto", max_train_steps=1)
     assert "mixed precision: bf16" in capsys.readouterr().out
 
 
