@@ -284,8 +284,8 @@ def test_out_of_memory_names_the_way_out(quick_settings):
     config = TrainingConfig(**quick_settings | dict(max_train_steps=1))
     message = (
         "out of memory with 4 images per device and micro-step. Try --train_batch_size 2 "
-        "--gradient_accumulation_steps 2 (the same training in half the memory), "
-        "--gradient_checkpointing, or --mixed_precision bf16"
+        "--gradient_accumulation_steps 2 (the same training, half the activations), "
+        "--mixed_precision bf16, or --gradient_checkpointing (14 % less measured, a sixth slower)"
     )
     with pytest.raises(TrainingError) as caught:
         train(config, greedy)

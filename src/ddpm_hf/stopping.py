@@ -133,11 +133,11 @@ def out_of_memory(train_batch_size: int, accumulation: int) -> str:
     """What to do about a lack of memory, in the order of what it costs."""
     halved = (
         f"--train_batch_size {train_batch_size // 2} --gradient_accumulation_steps "
-        f"{accumulation * 2} (the same training in half the memory), "
+        f"{accumulation * 2} (the same training, half the activations), "
         if train_batch_size % 2 == 0
         else ""
     )
     return (
         f"out of memory with {train_batch_size} images per device and micro-step. Try {halved}"
-        "--gradient_checkpointing, or --mixed_precision bf16"
+        "--mixed_precision bf16, or --gradient_checkpointing (14 % less measured, a sixth slower)"
     )
