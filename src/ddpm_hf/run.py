@@ -118,23 +118,7 @@ class Run:
         network = partial(build_network, config, images)
         settle_speed(config, before, network, plan, total_steps)
         accelerator = start_accelerator(config, plan.accumulation)
-        torch.manual_seed(config.seed)
-        unet = network()
-        unet.to(accelerator.device, memory_format=LAYOUTS[config.memory_format])
-        if config.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        if config.compile == "yes":
-            unet.compile()
-        optimizer = build_optimizer(unet, config)
-        # Neither the data nor the schedule is prepared: accelerate would replay epoch 0 and tick
-        # once per process.
-        lr_scheduler = get_scheduler(
-            config.lr_scheduler,
-            optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=total_steps,
-        )
-        unet, optimizer = prepare(accelerator, unet, optimizer)
+        unet, optimizer, lr_scheduler = build_learner(config, network, accelerator, total_steps)
         averaged = accelerator.unwrap_model(unet)
         process = {name: getattr(config, name) for name in DEFAULT_PROCESS}
         by_loss = config.timestep_sampler == "loss_second_moment"
@@ -451,7 +435,11 @@ def build_network(config: TrainingConfig, images: ImageSet | StreamedImages) -> 
 
 
 def settle_speed(
-    config: TrainingConfig, before: dict[str, Any] | None, network, plan: BatchPlan, steps: int
+    config: TrainingConfig,
+    before: dict[str, Any] | None,
+    network: Callable[[], UNet2DModel],
+    plan: BatchPlan,
+    total_steps: int,
 ) -> None:
     """Decide the settings that are `auto`: as the run began, or by the probe; in `config`.
 
@@ -460,21 +448,19 @@ def settle_speed(
         before: The settings that the run was started with.
         network: Builds the network.
         plan: How the processes share a batch.
-        steps: Optimiser steps of the run.
+        total_steps: Optimiser steps of the run.
     """
-    names = ("mixed_precision", "memory_format", "compile")
-    for name in names:
+    for name in ("mixed_precision", "memory_format", "compile"):
         if getattr(config, name) == "auto" and before:
             setattr(config, name, before.get(name, "auto"))
     state = PartialState()
-    if (
-        wants_fsdp()
-    ):  # torch shards contiguous weights only, and on a CPU `prepare` is not accelerate's
-        config.memory_format = "contiguous"
-        config.mixed_precision = "no" if state.device.type == "cpu" else config.mixed_precision
+    if wants_fsdp():
+        config.memory_format = "contiguous"  # torch shards no other weights
+        if state.device.type == "cpu":  # where no wrapper of accelerate's casts
+            config.mixed_precision = "no"
     with torch.device("meta"):
         unet_config = dict(network().config)
-    images = plan.per_device * plan.accumulation
+    num_images = plan.per_device * plan.accumulation * total_steps
     speed = agree(
         partial(
             choose_speed,
@@ -482,13 +468,47 @@ def settle_speed(
             config,
             state.device,
             batch_size=plan.per_device,
-            num_images=images * steps,
+            num_images=num_images,
         )
     )
     if speed.measured:
         state.print(speed.describe())
     config.mixed_precision, config.memory_format = speed.mixed_precision, speed.memory_format
     config.compile = "yes" if speed.compile else "no"
+
+
+class Learner(NamedTuple):
+    """What learns: the network, wrapped for its processes, the optimiser, the schedule."""
+
+    unet: torch.nn.Module
+    optimizer: Any
+    lr_scheduler: Any
+
+
+def build_learner(
+    config: TrainingConfig,
+    network: Callable[[], UNet2DModel],
+    accelerator: Accelerator,
+    total_steps: int,
+) -> Learner:
+    """The network with the seed's weights, as the settings of speed and memory ask for it."""
+    torch.manual_seed(config.seed)
+    unet = network()
+    unet.to(accelerator.device, memory_format=LAYOUTS[config.memory_format])
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.compile == "yes":
+        unet.compile()
+    optimizer = build_optimizer(unet, config)
+    # Neither the data nor the schedule is prepared: accelerate would replay epoch 0 and tick once
+    # per process.
+    lr_scheduler = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=total_steps,
+    )
+    return Learner(*prepare(accelerator, unet, optimizer), lr_scheduler)
 
 
 def prepare(
