@@ -131,7 +131,7 @@ def loss_on(run: Run, unet: torch.nn.Module, images: ImageSet, count: int) -> Lo
 
 def save_pipeline(run: Run) -> None:
     """Write the pipeline into the run's folder, while training goes on."""
-    unet = run.averaged_unet()
+    unet = run.averaged_unet() if run.saves else None
     if run.accelerator.is_main_process:
         with run.log.spared("the pipeline could not be saved"):
             write_pipeline(run, unet)
@@ -184,7 +184,8 @@ def finish(run: Run, step: int) -> TrainingResult:
             "This run is finished: add steps with --max_train_steps, or name another folder"
         )
     else:
-        of_main(run, partial(write_pipeline, run, run.averaged_unet()))
+        unet = run.averaged_unet() if run.saves else None
+        of_main(run, partial(write_pipeline, run, unet))
         save_samples(run, step, result.samples)
         of_main(run, partial(write_report, run, step, result.loss_curve))
     if run.config.streaming:

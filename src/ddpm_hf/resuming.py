@@ -180,7 +180,13 @@ def restore(run: Run, checkpoint: Checkpoint) -> int:
 
 
 def state_of(run: Run, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """What a checkpoint holds: (tensors by group, JSON). Every process has to ask."""
+    """What a checkpoint holds: (tensors by group, JSON), on the processes that save.
+
+    Every process has to ask.
+    """
+    stream = merge_states(gather_object([run.stream.state(step)]))
+    if not run.saves:
+        return {}, {}
     unet = run.accelerator.unwrap_model(run.unet)
     optimizer, rest = split_optimizer(run.optimizer.optimizer)
     # On the CPU one by one: sharded tensors would not fit on a device whole.
@@ -196,7 +202,7 @@ def state_of(run: Run, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[st
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "ema_steps": {name: a.optimization_step for name, a in run.averages.items()},
         "skipped_updates": int(run.guard.skipped),
-        "stream": merge_states(gather_object([run.stream.state(step)])),
+        "stream": stream,
     }
     if run.accelerator.scaler is not None:
         state["scaler"] = run.accelerator.scaler.state_dict()
@@ -232,7 +238,7 @@ def save_checkpoint(run: Run, step: int) -> bool:
 
 def save_snapshots(run: Run, step: int) -> None:
     """Store the power averages, for averages of other lengths after training."""
-    for average in run.power_averages:
+    for average in run.power_averages if run.saves else []:
         tensors = average.named_tensors()
         if run.accelerator.is_main_process:
             with run.log.spared(f"the snapshot of step {step} could not be saved"):

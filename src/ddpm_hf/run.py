@@ -196,6 +196,11 @@ class Run:
         named = {"ema": self.ema} if self.ema else {}
         return named | {f"ema-{average.sigma_rel}": average for average in self.power_averages}
 
+    @property
+    def saves(self) -> bool:
+        """Whether saving needs this process: the main one, and all where weights are sharded."""
+        return self.accelerator.is_main_process or wants_fsdp()
+
     def averaged_unet(self) -> UNet2DModel:
         """A plain network with the averaged weights, in eval mode; all processes ask together."""
         trained = self.accelerator.unwrap_model(self.unet)
