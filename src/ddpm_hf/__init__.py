@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
+    from .hub import push_to_hub
     from .pipeline import DDPMPipeline
     from .presets import PRESETS, build_scheduler, build_unet
     from .scheduler import DDPMScheduler
@@ -22,6 +23,7 @@ _WHERE = {
     "TrainingConfig": "config",
     "build_scheduler": "presets",
     "build_unet": "presets",
+    "push_to_hub": "hub",
     "train": "training",
 }
 
@@ -32,6 +34,7 @@ __all__ = [
     "TrainingConfig",
     "build_scheduler",
     "build_unet",
+    "push_to_hub",
     "train",
 ]
 

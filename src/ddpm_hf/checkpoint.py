@@ -37,6 +37,7 @@ FORMAT = 1
 IDENTITY = (
     "preset",
     "model_config_name_or_path",
+    "init_from",
     "resolution",
     "image_mode",
     "background",
@@ -393,7 +394,8 @@ def clear_run(directory: Path) -> None:
     clear_leftovers(directory)
     for name in folders:
         shutil.rmtree(directory / name, ignore_errors=True)
-    for name in ("model_index.json", "README.md", "loss_curve.png", METRICS, CONFIG):
+    made = ("model_index.json", "README.md", "loss_curve.png", "results.json", "training.json")
+    for name in (*made, METRICS, CONFIG):
         (directory / name).unlink(missing_ok=True)
 
 

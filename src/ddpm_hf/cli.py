@@ -1,35 +1,43 @@
-"""`ddpm-hf train | sample | ema`: each verb a few lines over the Python call.
+"""`ddpm-hf train | sample | ema | push`: each verb a few lines over the Python call.
 
-Exit codes: 0 done; 1 training failed, and 2 input that its user can mend, said in one line; 75
-stopped by a signal with the state saved.
+With `--json` standard output is one JSON object, the call's result or `{"error": ...}`, and all
+else goes to standard error. Exit codes: 0 done; 1 training failed, and 2 input that its user can
+mend, said in one line; 75 stopped by a signal with the state saved.
 """
 
 import argparse
 import json
 import os
 import sys
-from dataclasses import asdict
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
 
-from .errors import EXIT_FAILED, EXIT_INPUT, InputError, TrainingError, check_choice
+from .errors import EXIT_FAILED, EXIT_INPUT, InputError, Stopped, TrainingError, check_choice
 
 
-def train_command(argv: list[str], prog: str = "ddpm-hf train") -> None:
+def train_command(argv: list[str], prog: str = "ddpm-hf train") -> Any:
     """Train; the flags are the fields of TrainingConfig."""
     from .config import parse_command
 
     config, command = parse_command(argv, prog)
+    if command.hub_token:
+        os.environ["HF_TOKEN"] = command.hub_token
+        # Trackers store the command line.
+        sys.argv = [word.replace(command.hub_token, "***") for word in sys.argv]
     if int(os.environ.get("RANK", 0)) == 0:
         for line in command.explain(config):
             print(line, file=sys.stderr)
     if command.dry_run:
         print(json.dumps(asdict(config), indent=2))
-        return
+        return config
     from .training import train
 
-    train(config)
+    return train(config)
 
 
-def sample_command(argv: list[str]) -> None:
+def sample_command(argv: list[str]) -> Any:
     """Sample images from a trained pipeline."""
     parser = _Parser("ddpm-hf sample", description=sample_command.__doc__)
     add = parser.add_argument
@@ -62,21 +70,23 @@ def sample_command(argv: list[str]) -> None:
     all_steps = pipe.scheduler.config.num_train_timesteps
     ancestral = type(pipe.scheduler).__name__ == "DDPMScheduler"
     default, given = all_steps if ancestral else min(50, all_steps), args.num_inference_steps
+    num_inference_steps = default if given is None else given
     sample_to(
         args.output,
         pipe,
         args.num_images,
         batch_size=args.batch_size,
         seed=args.seed,
-        num_inference_steps=default if given is None else given,
+        num_inference_steps=num_inference_steps,
         class_label=int(label) if (label := args.class_label or "").isdigit() else label or None,
         guidance_scale=args.guidance_scale,
         grid=args.grid,
     )
     print("\n".join(f"Wrote {path}" for path in (args.output, args.grid) if path))
+    return vars(args) | {"num_inference_steps": num_inference_steps}
 
 
-def ema_command(argv: list[str]) -> None:
+def ema_command(argv: list[str]) -> Any:
     """Average the weights of a run over another length, after training."""
     parser = _Parser("ddpm-hf ema", description=ema_command.__doc__)
     add = parser.add_argument
@@ -91,6 +101,27 @@ def ema_command(argv: list[str]) -> None:
     print(f"Wrote {args.output}: step {made.step}, from {made.num_snapshots} snapshots")
     if made.error > 0.05:
         print(f"Warning: they meet this length to {made.error:.0%} only; store more of them")
+    return made._asdict() | {"output": args.output}
+
+
+def push_command(argv: list[str]) -> Any:
+    """Push a trained pipeline, its card and its recipe to the Hub, as one commit."""
+    parser = _Parser("ddpm-hf push", description=push_command.__doc__)
+    add = parser.add_argument
+    add("folder", metavar="RUN_OR_FOLDER", help="Folder of a run, or of any saved pipeline.")
+    add("--repo", required=True, help="organisation/name, or a name in your own account.")
+    add("--private", action="store_true", default=None, help="Make it a private one.")
+    add("--revision", help="Branch, made if it is not there (default: main).")
+    add("--tag", help="Tag to put on the commit.")
+    add("--create_pr", action="store_true", help="Open a pull request instead of committing.")
+    add("--message", help="Of the commit.")
+    add("--license", help="Of the weights, for the card, like mit.")
+    args = parser.parse_args(argv)
+    from .hub import push_to_hub
+
+    pushed = push_to_hub(**vars(args))
+    print(f"Pushed {args.folder}: {pushed.url}")
+    return pushed
 
 
 class _Parser(argparse.ArgumentParser):
@@ -103,7 +134,12 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-VERBS = {"train": train_command, "sample": sample_command, "ema": ema_command}
+VERBS = {
+    "train": train_command,
+    "sample": sample_command,
+    "ema": ema_command,
+    "push": push_command,
+}
 
 
 def share_cores() -> None:
@@ -116,15 +152,33 @@ def share_cores() -> None:
         os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
+def plain(value: Any) -> Any:
+    """A result as JSON has it: objects with named fields, paths as text."""
+    if is_dataclass(value) or hasattr(value, "_asdict"):
+        named = asdict(value) if is_dataclass(value) else value._asdict()
+        return {name: plain(entry) for name, entry in named.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def run(command, argv: list[str], name: str) -> int:
     """Run a command; an error that has its words becomes one line and an exit code."""
     share_cores()
-    try:
-        command(argv)
-    except (InputError, TrainingError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
-    return 0
+    as_json = "--json" in argv
+    argv = [word for word in argv if word != "--json"]
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        try:
+            answer, code = plain(command(argv)), 0
+        except (InputError, TrainingError) as error:
+            print(f"{name}: error: {error}", file=sys.stderr)
+            answer = {"error": str(error)}
+            code = EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
+        except Stopped as stopped:
+            answer, code = {"error": f"stopped by {stopped}"}, stopped.code
+    if as_json and int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(answer))
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,11 +189,11 @@ def main(argv: list[str] | None = None) -> int:
             "Usage: ddpm-hf VERB ...\n\n"
             + "\n".join(f"  {verb:8}{f.__doc__}" for verb, f in VERBS.items())
         )
-        print("\n`ddpm-hf VERB --help` lists the flags of a verb.")
+        print("\n`ddpm-hf VERB --help` lists its flags; with --json it prints its result as JSON.")
         return 0
     return run(_verb, argv, "ddpm-hf")
 
 
-def _verb(argv: list[str]) -> None:
+def _verb(argv: list[str]) -> Any:
     check_choice("verb", argv[0], VERBS)
-    VERBS[argv[0]](argv[1:])
+    return VERBS[argv[0]](argv[1:])

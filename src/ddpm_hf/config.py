@@ -11,9 +11,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import InputError, check_choice, did_you_mean
+from .origin import OF_ORIGIN, read_origin
 from .presets import BETA_SCHEDULES, DEFAULT_PROCESS, PRESETS, beta_range, unet_config
 
 RECIPES = Path(__file__).parent / "recipes"
+
+OF_THIS_MACHINE = (
+    "output_dir", "logging_dir", "cache_dir", "overwrite_output_dir", "resume_from_checkpoint",
+    "cpu_threads", "data_on_device", "dataloader_num_workers", "push_to_hub", "push_steps",
+    "push_checkpoints", "hub_model_id", "hub_private_repo",
+)  # fmt: skip
+"""Settings that are no part of a recipe: a push leaves them here."""
+
+OF_SPEED = ("mixed_precision", "memory_format", "compile")
+"""Settings that a probe of this machine decides."""
 
 EMBEDDED = "embedded"
 """`--dataset_name embedded`: the 6,000 images of Fashion-MNIST inside this package."""
@@ -61,13 +72,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "ema_update_every": _COUNT,
     "ema_snapshot_steps": _COUNT,
     "save_images_steps": _COUNT,
+    "push_steps": _COUNT,
 }
 """Smallest and largest value of every number."""
 
 
-def arg(default: Any, help: str) -> Any:
+def arg(default: Any, help: str, **more) -> Any:
     """A field with a default and the text that `--help` shows."""
-    return field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass
@@ -92,6 +104,12 @@ class TrainingConfig:
     model_config_name_or_path: str | None = arg(
         None,
         "Configuration of a UNet2DModel, a Hub id or a folder, in place of the preset's network.",
+    )
+    init_from: str | None = arg(
+        None,
+        "Start from the weights of this pipeline, a Hub id or a folder, with its recipe, network "
+        "and process; `--from` for short.",
+        aliases=["--from"],
     )
 
     # Images
@@ -292,9 +310,25 @@ class TrainingConfig:
         "tensorboard", "Where the curves are logged."
     )
     logging_dir: str = arg("logs", "Folder of the logs, relative to --output_dir.")
-    push_to_hub: bool = arg(False, "Not yet: pushing to the Hub comes with the next release.")
-    hub_model_id: str | None = arg(None, "Name of the repository on the Hub, for --push_to_hub.")
+    push_to_hub: bool = arg(
+        False,
+        "Push the pipeline to the Hub whenever it is saved, in the background, and at the end.",
+    )
+    push_steps: int | None = arg(
+        None, "Also push it every so many optimiser steps, tagged `step-<number>`."
+    )
+    push_checkpoints: bool = arg(
+        False,
+        "Keep the newest checkpoint in a private repository, <hub_model_id>-checkpoints, for "
+        "machines that may be taken away.",
+    )
+    hub_model_id: str | None = arg(
+        None, "Name of the repository on the Hub; that of the output folder when not given."
+    )
     hub_private_repo: bool = arg(False, "Make that repository a private one.")
+    license: str | None = arg(
+        None, "Licence of the weights, for the model card, like `mit` or `cc-by-4.0`."
+    )
     logging_steps: int = arg(10, "Log the loss every so many optimiser steps, as their mean.")
 
     def __post_init__(self) -> None:
@@ -337,11 +371,8 @@ class TrainingConfig:
 
     def _check_combinations(self) -> None:
         """Raise InputError for settings that exclude each other, or are no words of ours."""
-        if self.push_to_hub:
-            raise InputError(
-                "push_to_hub comes with the next release: train without it, then push the folder "
-                "with `hf upload ORG/NAME FOLDER`"
-            )
+        if self.push_steps and not self.push_to_hub:
+            raise InputError("push_steps has no effect without --push_to_hub: add it")
         learned = self.variance_type == "learned_range"
         if learned and self.loss == "simple":
             raise InputError(
@@ -411,6 +442,11 @@ class TrainingConfig:
     def run_dir(self) -> Path:
         """Folder of the run."""
         return Path(self.output_dir or Path("out") / Path(self.recipe).stem)
+
+    @property
+    def hub_repo(self) -> str:
+        """Name of the repository on the Hub."""
+        return self.hub_model_id or self.run_dir.resolve().name
 
     @classmethod
     def from_recipe(cls, recipe: str, **settings) -> "TrainingConfig":
@@ -482,12 +518,31 @@ def read_recipe(name: str) -> dict[str, Any]:
     return settings
 
 
+def settings_of_origin(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe for going on from a model: `recipe` or the model's own, its network and process.
+
+    What it says of its machine, and settings that this version does not know, are left out.
+
+    Raises:
+        InputError: as `read_origin`.
+    """
+    left_out = {*OF_THIS_MACHINE, *OF_SPEED, "recipe", "init_from", "license"}
+    found, own = read_origin(name), set(field_names()) - left_out
+    kept = {key: value for key, value in found.items() if key in own}
+    process = {key: kept[key] for key in OF_ORIGIN}
+    return (recipe or kept) | process
+
+
 @dataclass
 class CommandLine:
     """Flags that are no settings of a run: what one call does, and words of diffusers' script."""
 
     dry_run: bool = arg(False, "Print the resolved configuration and stop.")
-    hub_token: str | None = arg(None, "Not used and never stored: log in with `hf auth login`.")
+    hub_token: str | None = arg(
+        None,
+        "Used for the calls of this process and never stored. Other users of this machine can read "
+        "it in the list of processes: `hf auth login` is safer.",
+    )
     local_rank: int = arg(-1, "Without effect: launchers tell each process its rank.")
     enable_xformers_memory_efficient_attention: bool = arg(
         False, "Without effect: PyTorch's own attention is memory-efficient."
@@ -503,8 +558,10 @@ class CommandLine:
             for f in fields(self)
             if f.name != "dry_run" and getattr(self, f.name) != f.default
         ]
-        if config.hub_model_id or config.hub_private_repo:
-            lines.append("--hub_model_id, --hub_private_repo: without effect before --push_to_hub")
+        if config.hub_model_id and not (config.push_to_hub or config.push_checkpoints):
+            lines.append("--hub_model_id: without effect, since nothing is pushed")
+        if config.hub_private_repo and not config.push_to_hub:
+            lines.append("--hub_private_repo: without effect without --push_to_hub")
         if config.dataset_name and config.train_data_dir:
             lines.append("--train_data_dir: ignored, since --dataset_name is given")
         if config.overwrite_output_dir and config.resume_from_checkpoint:
@@ -550,7 +607,11 @@ def parse_command(
     given = _given(argv)
     names_data = given.get("dataset_name") or given.get("train_data_dir")
     recipe = given.get("recipe") or ("default" if names_data else "fashion-quick")
-    settings = read_recipe(recipe)
+    origin = given.get("init_from")
+    settings = read_recipe(recipe) if given.get("recipe") or not origin else {}
+    if origin:
+        settings = settings_of_origin(origin, settings)
+        recipe = given.get("recipe") or f"from-{Path(origin).name}"
     if names_data:  # the user's images, not the recipe's
         for name in ("dataset_name", "dataset_config_name", "train_data_dir"):
             settings.pop(name, None)
@@ -571,12 +632,16 @@ def parse_command(
     return config, command
 
 
+DECISIVE = ("recipe", "preset", "dataset_name", "train_data_dir", "init_from")
+
+
 def _given(argv: list[str]) -> dict[str, str]:
     """What the command line says of the settings that decide about the layers below it."""
     given = {}
     for word, after in zip(argv, [*argv[1:], ""], strict=False):
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        if flag.startswith("--") and name in ("recipe", "preset", "dataset_name", "train_data_dir"):
+        name = "init_from" if name == "from" else name
+        if flag.startswith("--") and name in DECISIVE:
             given[name] = value if equals else after
     return given

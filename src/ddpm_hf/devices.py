@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import subprocess
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
 from .config import TrainingConfig
 from .errors import InputError
@@ -76,6 +78,43 @@ def _check_processes(there: int) -> None:
             "takes part. On a CPU use torchrun --nproc_per_node 2 train_accelerate.py ...; without "
             "a launcher every process needs RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
         )
+
+
+def on_main(act: Callable[[], Any]) -> Any:
+    """What `act` gives on the main process, on every process.
+
+    Raises:
+        InputError: that of the main process, on every process, so that none waits for it.
+    """
+    answer = None
+    if PartialState().is_main_process:
+        try:
+            answer = act()
+        except InputError as error:
+            answer = error
+    (answer,) = broadcast_object_list([answer])
+    if isinstance(answer, InputError):
+        raise answer
+    return answer
+
+
+CPU_CORE_WATTS = 10.0
+"""What a core of a busy server draws, about: a 250 W processor has some 25 of them."""
+
+
+def device_watts(device: torch.device) -> float:
+    """Power of one device at work, in watts, for an estimate of energy.
+
+    A GPU's own limit, or 300 where it cannot be read; `CPU_CORE_WATTS` a thread on a CPU.
+    """
+    if device.type == "cpu":
+        return CPU_CORE_WATTS * torch.get_num_threads()
+    ask = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(ask, capture_output=True, text=True, timeout=10)
+        return float(said.stdout.splitlines()[0])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return 300.0
 
 
 class BatchPlan(NamedTuple):

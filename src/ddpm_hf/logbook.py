@@ -65,6 +65,7 @@ class Logbook:
         self.total_steps, self.images_per_step = total_steps, images
         self.window = LossWindow(accelerator.device, config.ddpm_num_steps)
         self.loss: float | None = None
+        self.seconds_before = 0.0
         self.bar: tqdm | None = None
         self._warned = False
 
@@ -72,6 +73,10 @@ class Logbook:
         """Go on at `step`: later lines of metrics are dropped, trackers get the settings."""
         if self.accelerator.is_main_process:
             keep_metrics(self.config.run_dir / METRICS, step)
+            times = [
+                row.get("train_seconds") for row in read_metrics(self.config.run_dir / METRICS)
+            ]
+            self.seconds_before = max((time for time in times if time is not None), default=0.0)
         if self.config.logger != "none":
             plain = {k: v for k, v in settings.items() if isinstance(v, (int, float, str))}
             self.accelerator.init_trackers("ddpm_hf", config=plain)
@@ -98,6 +103,11 @@ class Logbook:
         """Over this call, all processes together."""
         steps = self.step - self.first_step
         return steps * self.images_per_step / (time.perf_counter() - self.started)
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of training, over all starts of the run; what was lost with a stop is not in."""
+        return self.seconds_before + time.perf_counter() - self.started
 
     def tick(self, step: int) -> bool:
         """A step is done; returns whether it is one to log."""

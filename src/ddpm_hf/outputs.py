@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -12,13 +13,17 @@ import numpy as np
 import torch
 from diffusers import UNet2DModel
 
-from .checkpoint import METRICS, list_checkpoints
+from .card import dataset_of, write_card
+from .checkpoint import METRICS, list_checkpoints, read_metrics
 from .data import ImageSet, to_network
+from .devices import device_watts
 from .functional import mix_seed
-from .hub import write_card
+from .hub import Pushed, dataset_license
 from .logbook import LossWindow, loss_by_bucket, save_loss_curve
 from .losses import simple_loss
 from .pipeline import DDPMPipeline, save_image_grid, seeded_generators
+from .publishing import finish_pushes, publish_pipeline
+from .results import Result, TrainingRecord, add_results, read_results, write_record
 from .resuming import of_main, stop
 from .run import Run
 from .scheduler import DDPMScheduler
@@ -39,6 +44,8 @@ class TrainingResult(NamedTuple):
         loss: Mean loss of the last logged steps; None if this call trained nothing.
         samples: Picture of the last grid of samples.
         loss_curve: Picture of the loss over the run.
+        results: What has been measured of the model, as on its card.
+        pushed: Where it is on the Hub; None where it was not pushed.
     """
 
     output_dir: Path
@@ -46,6 +53,8 @@ class TrainingResult(NamedTuple):
     loss: float | None
     samples: Path
     loss_curve: Path
+    results: list[Result]
+    pushed: Pushed | None = None
 
 
 def save_samples(run: Run, step: int, path: Path) -> None:
@@ -129,12 +138,16 @@ def loss_on(run: Run, unet: torch.nn.Module, images: ImageSet, count: int) -> Lo
     return window
 
 
-def save_pipeline(run: Run) -> None:
-    """Write the pipeline into the run's folder, while training goes on."""
+def save_pipeline(run: Run, step: int) -> None:
+    """Write the pipeline into the run's folder, while training goes on, and push it if asked to."""
     unet = run.averaged_unet() if run.saves else None
     if run.accelerator.is_main_process:
         with run.log.spared("the pipeline could not be saved"):
             write_pipeline(run, unet)
+            if run.config.push_to_hub:
+                save_loss_curve(run.directory / METRICS, run.directory / "loss_curve.png")
+                write_record(run.directory, training_record(run, step))
+                publish_pipeline(run, step, milestone=run.is_milestone(step))
     run.accelerator.wait_for_everyone()
 
 
@@ -153,16 +166,79 @@ def write_pipeline(run: Run, unet: UNet2DModel) -> None:
 
 
 def write_report(run: Run, step: int, loss_curve: Path) -> None:
-    """The curve of the loss, and the card: the last file that a run writes."""
-    write_card(
-        run.config,
+    """The curve of the loss, the numbers, and the card: the last file that a run writes."""
+    save_loss_curve(run.directory / METRICS, loss_curve)
+    write_record(run.directory, training_record(run, step))
+    add_results(run.directory, loss_results(run))
+    write_card(run.directory)
+
+
+LOSSES = {
+    "loss_at_t": "training loss",
+    "train_loss": "L_simple, training images",
+    "held_out_loss": "L_simple, held-out images",
+}
+"""Names in metrics.jsonl of losses by timestep, and what a card calls them."""
+
+
+def training_record(run: Run, step: int) -> TrainingRecord:
+    """What training.json says of this run."""
+    rows, by_timestep = read_metrics(run.directory / METRICS), {}
+    for name, words in LOSSES.items():
+        found = [{k: v for k, v in row.items() if k.startswith(f"{name}/")} for row in rows]
+        last = next((shares for shares in reversed(found) if shares), {})
+        if last:
+            by_timestep[words] = {key.split("/")[1]: value for key, value in last.items()}
+    data = dataset_of(asdict(run.config))
+    return TrainingRecord(
         step=step,
-        loss=save_loss_curve(run.directory / METRICS, loss_curve),
-        parameters=sum(p.numel() for p in run.unet.parameters()),
-        channels=run.stream.images.channels,
-        num_images=None if run.config.streaming else len(run.stream.images),
         global_batch_size=run.plan.global_batch_size,
+        num_images=None if run.config.streaming else len(run.stream.images),
+        num_processes=run.accelerator.num_processes,
+        seconds=max((row.get("train_seconds", 0.0) for row in rows), default=0.0),
+        watts=device_watts(run.accelerator.device),
+        parameters=sum(p.numel() for p in run.unet.parameters()),
+        data_license=data["license"] or (dataset_license(data["id"]) if data["id"] else None),
+        loss_by_timestep=by_timestep,
     )
+
+
+def loss_results(run: Run) -> list[Result]:
+    """The losses that the run logged last, as rows of results.json."""
+    config, rows = run.config, read_metrics(run.directory / METRICS)
+    objective = config.loss + (f", min-SNR gamma {config.snr_gamma:g}" if config.snr_gamma else "")
+    plain = "L_simple (Ho et al., eq. 14) of the saved weights, evenly spread timesteps"
+    count = HELD_OUT_IMAGES
+    if run.held_out:
+        sizes = [len(run.held_out)] + [len(run.stream.images)] * (not config.streaming)
+        count = min(count, *sizes)
+    told = {
+        "loss": (
+            "training_loss",
+            config.split,
+            min(config.logging_steps, run.total_steps) * run.plan.global_batch_size,
+            f"objective {objective}, weights in training, mean of the last logged steps",
+        ),
+        "train_loss": ("simple_loss", config.split, count, plain),
+        "held_out_loss": ("simple_loss", "held out", count, plain),
+    }
+    results = []
+    for name, (metric, split, num_images, protocol) in told.items():
+        value = next((row[name] for row in reversed(rows) if name in row), None)
+        if value is not None and math.isfinite(value):
+            results.append(
+                Result(
+                    metric=metric,
+                    value=value,
+                    unit="per dimension",
+                    dataset=dataset_of(asdict(config))["name"],
+                    split=split,
+                    num_images=num_images,
+                    protocol=protocol,
+                    seed=config.seed,
+                )
+            )
+    return results
 
 
 def finish(run: Run, step: int) -> TrainingResult:
@@ -172,31 +248,26 @@ def finish(run: Run, step: int) -> TrainingResult:
         InputError: a disk that is full: the same command again tries again.
         Stopped: a signal came; the state is saved.
     """
-    result = TrainingResult(
-        output_dir=run.directory,
-        step=step,
-        loss=run.log.loss,
-        samples=run.directory / "samples" / "grid.png",
-        loss_curve=run.directory / "loss_curve.png",
-    )
-    if result.loss is None and is_finished(run.directory):
+    samples, loss_curve = run.directory / "samples" / "grid.png", run.directory / "loss_curve.png"
+    if run.log.loss is None and is_finished(run.directory):
         run.accelerator.print(
             "This run is finished: add steps with --max_train_steps, or name another folder"
         )
     else:
         unet = run.averaged_unet() if run.saves else None
         of_main(run, partial(write_pipeline, run, unet))
-        save_samples(run, step, result.samples)
-        of_main(run, partial(write_report, run, step, result.loss_curve))
+        save_samples(run, step, samples)
+        of_main(run, partial(write_report, run, step, loss_curve))
     if run.config.streaming:
         run.report_faults()
-    run.close()
     run.accelerator.print(
-        f"Pipeline:   {result.output_dir}\n"
-        f"Samples:    {result.samples}\n"
-        f"Loss curve: {result.loss_curve}"
+        f"Pipeline:   {run.directory}\nSamples:    {samples}\nLoss curve: {loss_curve}"
     )
-    return result
+    of_main(run, partial(publish_pipeline, run, step, milestone=True))
+    pushed = finish_pushes(run)
+    run.close()
+    results = read_results(run.directory)
+    return TrainingResult(run.directory, step, run.log.loss, samples, loss_curve, results, pushed)
 
 
 def is_finished(directory: Path) -> bool:

@@ -34,9 +34,11 @@ from .checkpoint import (
 )
 from .checkpoint import save_checkpoint as write_checkpoint
 from .data import to_network
+from .devices import on_main
 from .ema import drop_snapshots, save_snapshot
 from .errors import InputError, Stopped, TrainingError
 from .pipeline import save_image_grid
+from .publishing import finish_pushes, publish_checkpoint
 from .run import Run, starts_afresh
 from .stopping import UpdateGuard
 from .streaming import merge_states
@@ -79,18 +81,14 @@ def of_main(run: Run, act: Callable[[], Any]) -> Any:
     Raises:
         InputError: it could not be done, on every process, so that none waits for it.
     """
-    answer = None
-    if run.accelerator.is_main_process:
+
+    def explained() -> Any:
         try:
-            answer = act()
-        except InputError as error:
-            answer = error
+            return act()
         except (OSError, SafetensorError) as error:
-            answer = InputError(f"cannot write to {run.directory}: {error}")
-    (answer,) = broadcast_object_list([answer])
-    if isinstance(answer, InputError):
-        raise answer
-    return answer
+            raise InputError(f"cannot write to {run.directory}: {error}") from error
+
+    return on_main(explained)
 
 
 def tidy_folder(run: Run, step: int, settings: dict[str, Any]) -> None:
@@ -229,6 +227,8 @@ def save_checkpoint(run: Run, step: int) -> bool:
                 f"training goes on ({error})"
             )
         if saved:
+            with run.log.spared("the checkpoint could not be made ready to push"):
+                publish_checkpoint(run, step)
             with run.log.spared("old checkpoints could not be deleted"):
                 rotate(run.directory, run.config.checkpoints_total_limit)
     (saved,) = broadcast_object_list([saved])
@@ -253,6 +253,7 @@ def stop(run: Run, reason: str, step: int) -> None:
         TrainingError: where the state could not be saved.
     """
     saved = save_checkpoint(run, step)
+    finish_pushes(run)
     run.close()
     if not saved:
         raise TrainingError(

@@ -20,7 +20,7 @@ from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
-from .checkpoint import check_folder, read_settings, whole
+from .checkpoint import check_folder, list_checkpoints, read_settings, whole
 from .config import TrainingConfig
 from .data import (
     ImageSet,
@@ -32,18 +32,28 @@ from .data import (
     split_held_out,
     to_network,
 )
-from .devices import BatchPlan, plan_batch, start_accelerator, start_processes, wants_fsdp
+from .devices import (
+    BatchPlan,
+    on_main,
+    plan_batch,
+    start_accelerator,
+    start_processes,
+    wants_fsdp,
+)
 from .ema import Average, build_ema, build_power_averages, ema_warning
 from .errors import InputError
 from .functional import mix_seed
+from .hub import is_repo, open_hub
 from .logbook import Logbook
 from .losses import LossSecondMoment, drop_classes, stratified_timesteps, uniform_timesteps
 from .optimization import build_optimizer
+from .pipeline import DDPMPipeline
 from .presets import DEFAULT_PROCESS, build_scheduler, build_unet
 from .probe import LAYOUTS, agree, choose_speed, count_flops, peak_flops
 from .scheduler import DDPMScheduler
 from .stopping import StopSignals, UpdateGuard
 from .streaming import LaneStream, StreamedImages, load_stream
+from .uploads import BackgroundPush
 
 TIMESTEP_STREAM, NOISE_STREAM, DROPOUT_STREAM, CLASS_STREAM = 3, 4, 5, 6
 """Random streams of one seed, beside those of data.py."""
@@ -91,6 +101,7 @@ class Run:
     log: Logbook
     stop: StopSignals
     total_steps: int
+    pushes: BackgroundPush | None = None
     saved_step: int | None = None
     grad_norm: Tensor | None = None
     _losses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -105,6 +116,10 @@ class Run:
         config = copy(config)
         processes = start_processes(config)
         check_folder(config.run_dir)
+        for line in on_main(partial(open_hub, config)):
+            processes.print(line)
+        if is_repo(config.resume_from_checkpoint or ""):
+            config.resume_from_checkpoint = "latest"
         before = None if starts_afresh(config) else read_settings(config.run_dir)
         plan = plan_batch(config, processes.num_processes, before)
         stream, held_out = in_turn(processes, partial(open_images, config, plan.global_batch_size))
@@ -115,12 +130,19 @@ class Run:
             config.num_epochs * len(images) / plan.global_batch_size
         )
 
+        origin = None
+        if config.init_from and not list_checkpoints(config.run_dir):
+            origin = in_turn(processes, partial(DDPMPipeline.from_pretrained, config.init_from))
         network = partial(build_network, config, images)
         settle_speed(config, before, network, plan, total_steps)
         accelerator = start_accelerator(config, plan.accumulation)
-        unet, optimizer, lr_scheduler = build_learner(config, network, accelerator, total_steps)
-        averaged = accelerator.unwrap_model(unet)
         process = {name: getattr(config, name) for name in DEFAULT_PROCESS}
+        scheduler = build_scheduler(config.preset, class_names=images.class_names, **process)
+        weights = start_weights(config, origin, scheduler) if origin else None
+        unet, optimizer, lr_scheduler = build_learner(
+            config, network, accelerator, total_steps, weights
+        )
+        averaged = accelerator.unwrap_model(unet)
         by_loss = config.timestep_sampler == "loss_second_moment"
         run = cls(
             config=config,
@@ -129,7 +151,7 @@ class Run:
             stream=stream,
             held_out=held_out,
             unet=unet,
-            scheduler=build_scheduler(config.preset, class_names=images.class_names, **process),
+            scheduler=scheduler,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             ema=build_ema(averaged, config) if config.use_ema else None,
@@ -140,6 +162,8 @@ class Run:
             stop=StopSignals(),
             total_steps=total_steps,
         )
+        if accelerator.is_main_process and (config.push_to_hub or config.push_checkpoints):
+            run.pushes = BackgroundPush(run.log.say)
         run.announce()
         return run
 
@@ -317,6 +341,7 @@ class Run:
         """Write and show the figures of the steps since the last call; waits for the device."""
         values = self.log.read_losses()
         values |= {
+            "train_seconds": self.log.train_seconds,
             "lr": self.lr_scheduler.get_last_lr()[-1],
             "grad_norm": float(self.grad_norm),
             "images_per_second": self.log.images_per_second,
@@ -356,6 +381,18 @@ class Run:
             for n in (done - 1, done)
         )
         return after > before
+
+    def is_milestone(self, done: int) -> bool:
+        """Whether the pipeline after this step gets a tag on the Hub."""
+        every = self.config.push_steps
+        return self.config.push_to_hub and (
+            done == self.total_steps or (every is not None and done % every == 0)
+        )
+
+    def pipeline_due(self, done: int) -> bool:
+        """Whether to save the pipeline after this step; the end of a run saves its own."""
+        milestone = self.is_milestone(done) and done != self.total_steps
+        return milestone or self.epoch_ended(done, self.config.save_model_epochs)
 
     def samples_due(self, done: int) -> bool:
         """Whether to save a grid of samples after this step; the end of a run has its own."""
@@ -439,6 +476,26 @@ def build_network(config: TrainingConfig, images: ImageSet | StreamedImages) -> 
     )
 
 
+def start_weights(
+    config: TrainingConfig, origin: DDPMPipeline, scheduler: DDPMScheduler
+) -> dict[str, Tensor]:
+    """The weights of the pipeline to start from.
+
+    Raises:
+        InputError: the process that the settings name is not the one that they were trained with.
+    """
+    theirs, ours = DDPMScheduler.from_config(origin.scheduler.config), scheduler
+    same = theirs.config.prediction_type == ours.config.prediction_type
+    if not same or not torch.allclose(theirs.alphas_cumprod, ours.alphas_cumprod, atol=1e-6):
+        raise InputError(
+            f"{config.init_from!r} was trained with another process: it predicts "
+            f"{theirs.config.prediction_type!r} in {theirs.config.num_train_timesteps} timesteps, "
+            f"{theirs.config.beta_schedule!r}. Leave out the flags that change it; a schedule with "
+            "its own range of betas has no flag"
+        )
+    return origin.unet.state_dict()
+
+
 def settle_speed(
     config: TrainingConfig,
     before: dict[str, Any] | None,
@@ -495,10 +552,19 @@ def build_learner(
     network: Callable[[], UNet2DModel],
     accelerator: Accelerator,
     total_steps: int,
+    weights: dict[str, Tensor] | None = None,
 ) -> Learner:
-    """The network with the seed's weights, as the settings of speed and memory ask for it."""
+    """The network with the seed's weights, as the settings of speed and memory ask for it.
+
+    `weights` takes the place of the seed's.
+
+    Raises:
+        InputError: they are those of another network.
+    """
     torch.manual_seed(config.seed)
     unet = network()
+    if weights is not None:
+        load_weights(unet, weights, config.init_from)
     unet.to(accelerator.device, memory_format=LAYOUTS[config.memory_format])
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -514,6 +580,19 @@ def build_learner(
         num_training_steps=total_steps,
     )
     return Learner(*prepare(accelerator, unet, optimizer), lr_scheduler)
+
+
+def load_weights(unet: UNet2DModel, weights: dict[str, Tensor], source: str) -> None:
+    """Copy weights into a network. Raises InputError where they are those of another one."""
+    own = unet.state_dict()
+    wrong = sorted(own.keys() ^ weights.keys())
+    wrong += [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if wrong:
+        raise InputError(
+            f"the weights of {source!r} do not fit this network, in {wrong[0]!r} and "
+            f"{len(wrong) - 1} more: the number of classes or channels, or the variance, is another"
+        )
+    unet.load_state_dict(weights)
 
 
 def prepare(

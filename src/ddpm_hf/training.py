@@ -64,8 +64,8 @@ def train(
                 save_checkpoint(run, step)
             if run.samples_due(step):
                 save_samples(run, step, run.directory / "samples" / f"step-{step}.png")
-            if run.epoch_ended(step, config.save_model_epochs):
-                save_pipeline(run)
+            if run.pipeline_due(step):
+                save_pipeline(run, step)
             if reason := run.stop.agreed():
                 stop(run, reason, step)
         return finish(run, step)

@@ -1,0 +1,76 @@
+"""What a run pushes to the Hub while it trains, from copies that training cannot change."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+from .checkpoint import CONFIG, METRICS
+from .hub import Pushed, checkpoint_repo, files_to_push, push_checkpoint, push_to_hub
+from .run import Run
+from .uploads import LAST_WAIT, freeze
+
+
+def publish_pipeline(run: Run, step: int, *, milestone: bool) -> None:
+    """Push the pipeline in the run's folder, in the background; the main process does.
+
+    Args:
+        run: The run.
+        step: Optimiser steps done.
+        milestone: Tag it `step-<step>`.
+    """
+    if run.pushes is None or not run.config.push_to_hub:
+        return
+    folder = run.directory
+    frozen = freeze(folder, files_to_push(folder), folder / f".push-{step}.partial")
+    grids = sorted(folder.glob("samples/step-*.png"), key=lambda path: path.stat().st_mtime)
+    if grids and not (frozen / "samples" / "grid.png").exists():  # that of the end comes later
+        (frozen / "samples").mkdir(exist_ok=True)
+        shutil.copyfile(grids[-1], frozen / "samples" / "grid.png")
+    push = partial(
+        push_to_hub,
+        frozen,
+        run.config.hub_repo,
+        private=run.config.hub_private_repo or None,
+        tag=f"step-{step}" if milestone else None,
+        move_tag=True,
+        license=run.config.license,
+    )
+    run.pushes.submit("model", f"the model of step {step}", push, partial(_delete, frozen))
+
+
+def publish_checkpoint(run: Run, step: int) -> None:
+    """Push a checkpoint of the run, in the background; the main process does."""
+    if run.pushes is None or not run.config.push_checkpoints:
+        return
+    folder, name = run.directory, f"checkpoint-{step}"
+    files = [*(folder / name).iterdir(), *folder.glob("ema/*.safetensors")]
+    files += [folder / file for file in (CONFIG, METRICS) if (folder / file).is_file()]
+    frozen = freeze(folder, files, folder / f".push-{name}.partial")
+    push = partial(push_checkpoint, frozen, frozen / name, checkpoint_repo(run.config.hub_repo))
+    run.pushes.submit("checkpoint", name, push, partial(_delete, frozen))
+
+
+def finish_pushes(run: Run) -> Pushed | None:
+    """Wait for the last pushes, say what became of them; that of the model, if it was pushed."""
+    if run.pushes is None:
+        return None
+    if run.pushes.busy:
+        run.accelerator.print(
+            f"Waiting for the Hub, {LAST_WAIT / 60:.0f} minutes at most", flush=True
+        )
+    run.pushes.close()
+    for pushed in run.pushes.done.values():
+        run.accelerator.print(f"Pushed:     {pushed.url}")
+    for problem in run.pushes.failed.values():
+        run.accelerator.print(f"Not pushed: {problem}")
+    if "model" in run.pushes.failed:
+        run.accelerator.print(
+            f"Push it with: ddpm-hf push {run.directory} --repo {run.config.hub_repo}"
+        )
+    return run.pushes.done.get("model")
+
+
+def _delete(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
