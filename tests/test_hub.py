@@ -1,60 +1,283 @@
-"""The card that a trained model gets."""
+"""Pushing to a real Hub protocol on the loopback interface, with the real client."""
 
-from huggingface_hub import ModelCard
+import json
+import os
+import sys
+import textwrap
+from pathlib import Path
 
+import pytest
+import torch
+
+from ddpm_hf import DDPMPipeline, build_scheduler
+from ddpm_hf.card import MARK
 from ddpm_hf.config import TrainingConfig
-from ddpm_hf.hub import TAGS, write_card
+from ddpm_hf.errors import InputError
+from ddpm_hf.hub import check_pipeline, files_to_push, is_repo, public_settings
+
+from .hub_server import run_client
+
+PIPELINE = {
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+}
 
 
-def card(tmp_path, **settings):
-    config = TrainingConfig(output_dir=str(tmp_path), **settings)
-    facts = dict(step=1000, loss=0.12345, parameters=1_234_567, channels=1, num_images=6000)
-    return ModelCard.load(write_card(config, global_batch_size=16, **facts))
+@pytest.fixture
+def saved(tiny_unet, tmp_path) -> Path:
+    """A pipeline, and files around it that must not leave the machine."""
+    folder = tmp_path / "run"
+    DDPMPipeline(tiny_unet, build_scheduler()).save_pretrained(folder)
+    for name in ("checkpoint-2/optimizer.safetensors", "logs/events", "metrics.jsonl",
+                 "unet/old.bin", "checkpoint-2/state.json"):  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("stays here")
+    settings = TrainingConfig(train_data_dir=str(tmp_path), output_dir=str(folder))
+    (folder / "config.json").write_text(json.dumps(vars(settings)))
+    return folder
 
 
-def test_the_card_of_the_embedded_images(tmp_path):
-    made = card(tmp_path, dataset_name="embedded", resolution="28x32")
-    assert made.data.to_dict() == {
-        "library_name": "diffusers",
-        "pipeline_tag": "unconditional-image-generation",
-        "license": "mit",
-        "tags": TAGS,
-    }
-    text = made.text
-    for part in (
-        "28x32\ngrey images, 1,234,567 parameters",
-        f'pipe = DDPMPipeline.from_pretrained("{tmp_path.name}")',
-        "6,000 of Fashion-MNIST (MIT licence, Zalando SE)",
-        "1,000, 16,000 images seen",
-        "| final training loss | 0.1235 |",
-        "`v_prediction`",
-        "their moving average",
+def push(hub, tmp_path, code, *arguments, token="hf_write"):
+    """Run code that has `push_to_hub`, `folder` and `told`, which prints errors in a line each."""
+    script = """
+        import sys
+        from pathlib import Path
+        from ddpm_hf.errors import InputError
+        from ddpm_hf.hub import push_to_hub, fetch_checkpoint
+        folder = Path(sys.argv[1])
+
+        def told(act, *arguments, **options):
+            try:
+                act(*arguments, **options)
+            except InputError as error:
+                print(error)
+            else:
+                print("no error")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script) + textwrap.dedent(code)]
+    return run_client(hub, tmp_path / "home", [*command, *map(str, arguments)], token=token)
+
+
+def test_a_push_is_one_commit_of_what_may_leave(hub_server, saved, tmp_path):
+    push(hub_server, tmp_path, 'print(push_to_hub(folder, "org/name"))', saved)
+    repo = hub_server.repos["model", "org/name"]
+    assert not repo.private
+    head, first = repo.history()  # the push, and the commit that makes a repository
+    assert set(head.tree) == PIPELINE | {"README.md", "config.json", ".gitattributes"}
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert head.tree[weights] == (saved / weights).read_bytes()
+    assert MARK.encode() in head.tree["README.md"]
+    assert b'from_pretrained("org/name")' in head.tree["README.md"]
+    settings = json.loads(head.tree["config.json"])
+    assert settings["snr_gamma"] == 5.0
+    assert settings["train_data_dir"] == tmp_path.name
+    everything = b"".join(head.tree.values())
+    assert str(tmp_path).encode() not in everything
+    assert b"stays here" not in everything
+
+
+def test_pushes_after_the_first(hub_server, saved, tmp_path):
+    """Private, no commit for nothing, no old weights, a person's card, branches, tags, requests."""
+    hub_server.add("org/old", {"unet/weights.bin": b"x", "README.md": b"words of a person"})
+    said = push(
+        hub,
+        tmp_path,
+        """
+        a = push_to_hub(folder, "org/name", private=True, tag="v1", license="mit")
+        b = push_to_hub(folder, "org/name", license="mit")
+        print(a.commit == b.commit, a.tag)
+        push_to_hub(folder, "org/old", message="new weights")
+        push_to_hub(folder, "org/old", revision="next")
+        push_to_hub(folder, "name-of-mine", private=False)
+        print(push_to_hub(folder, "org/old", create_pr=True).url)
+        (folder / "README.md").write_text("---\\nlicense: mit\\n---\\nmine")
+        push_to_hub(folder, "org/old")
+        push_to_hub(folder, "org/name", tag="v1", move_tag=True)
+        """,
+        saved,
+    )
+    assert said.splitlines()[0] == "True v1"
+    assert "/org/old/discussions/1" in said.splitlines()[1]
+    name, old = hub_server.repos["model", "org/name"], hub_server.repos["model", "org/old"]
+    assert name.private
+    assert len(name.history()) == 3  # made, pushed, pushed with another card
+    assert name.tags["v1"] == name.branches["main"]
+    assert "unet/weights.bin" not in old.tree()
+    assert old.tree()["README.md"].endswith(b"mine")
+    kept = old.history()[1]
+    assert (kept.title, kept.tree["README.md"]) == ("new weights", b"words of a person")
+    assert "next" in old.branches
+    assert not hub_server.repos["model", "tester/name-of-mine"].private
+    assert set(old.pulls) == {1}
+
+
+def test_what_a_person_can_get_wrong_is_a_line_each_and_nothing_is_pushed(
+    hub_server, saved, tmp_path
+):
+    hub_server.add("org/open")
+    hub_server.add("stranger/name")
+    tagged = hub_server.add("org/tagged")
+    tagged.tags["v1"] = tagged.branches["main"]
+    before = {key: repo.branches["main"] for key, repo in hub_server.repos.items()}
+    said = push(
+        hub,
+        tmp_path,
+        """
+        told(push_to_hub, folder, "org/open", private=True)
+        told(push_to_hub, folder, "stranger/name")
+        told(push_to_hub, folder, "org/tagged", tag="v1")
+        told(push_to_hub, folder, "a/b/c")
+        told(push_to_hub, folder, "org/open", tag="v1", create_pr=True)
+        told(push_to_hub, folder / "logs", "org/open")
+        told(push_to_hub, folder / "nowhere", "org/open")
+        told(push_to_hub, folder, "org/name", token="hf_wrong")
+        told(push_to_hub, folder, "org/name", token="hf_read")
+        """,
+        saved,
+    )
+    for line, part in zip(
+        said.splitlines(),
+        [
+            "org/open is public, and should be private",
+            "cannot push to 'stranger/name': you may not",
+            "org/tagged has a tag 'v1' already",
+            "no name of a repo is like this",
+            "leave out tag or create_pr",
+            "holds no pipeline yet",
+            "is no folder",
+            "the token is not valid",
+            "use a token that may write",
+        ],
+        strict=True,
     ):
-        assert part in text, part
-    assert "{{" not in text
-    assert "{%" not in text
-    assert "That variance is for" not in text
+        assert part in line
+        assert "hf_" not in line
+    assert {key: repo.branches["main"] for key, repo in hub_server.repos.items()} == before
+    (line,) = push(
+        hub_server, tmp_path, 'told(push_to_hub, folder, "org/n")', saved, token=None
+    ).split("\n", 1)[:1]
+    assert "`hf auth login`" in line
 
 
-def test_the_card_of_a_hub_set_names_it(tmp_path):
-    made = card(tmp_path, dataset_name="org/photos", variance_type="fixed_large")
-    assert made.data.datasets == ["org/photos"]
-    assert made.data.license is None
-    assert "[org/photos](https://huggingface.co/datasets/org/photos)" in made.text
-    assert "That variance is for 1000 steps" in made.text
+def test_a_connection_that_is_cut_leaves_the_repository_as_it_was(hub_server, saved, tmp_path):
+    old = hub_server.add("org/name", {"README.md": b"old"}).branches["main"]
+    hub_server.cut("POST", r"/commit/", after=100, times=1)
+    said = push(
+        hub,
+        tmp_path,
+        """
+        told(push_to_hub, folder, "org/name")
+        """,
+        saved,
+    )
+    assert "no connection" in said
+    assert hub_server.repos["model", "org/name"].branches["main"] == old
+    push(hub_server, tmp_path, 'push_to_hub(folder, "org/name")', saved)
+    assert set(hub_server.repos["model", "org/name"].tree()) >= PIPELINE
 
 
-def test_the_card_of_a_local_set_does_not_name_its_path(tmp_path):
-    made = card(tmp_path, train_data_dir="secret/place", use_ema=False)
-    assert made.data.datasets is None
-    assert "a local image set" in made.text
-    assert "secret" not in made.text
-    assert "the last ones" in made.text
+def test_a_pipeline_pushes_itself_and_loads_where_this_package_is_not(hub_server, saved, tmp_path):
+    """The gate over the Hub: push, load with stock, save with stock, push, load with ours."""
+    home = tmp_path / "home"
+    script = f"""
+        import sys, torch, numpy as np
+        from ddpm_hf import DDPMPipeline
+        pipe = DDPMPipeline.from_pretrained({str(saved)!r})
+        pipe.scheduler.register_to_config(
+            _ddpm_hf={{**pipe.scheduler.extras, "note": [1, 2.5]}}
+        )
+        pipe.set_progress_bar_config(disable=True)
+        print(pipe.push_to_hub("org/ddpm-cifar", private=True))
+        images = pipe(2, torch.Generator().manual_seed(0), 10, output_type="np").images
+        np.save({str(tmp_path / "ours.npy")!r}, images)
+        """
+    said = run_client(hub_server, home, textwrap.dedent(script))
+    assert said.startswith(f"{hub_server.endpoint}/org/ddpm-cifar/commit/")
+    assert hub_server.repos["model", "org/ddpm-cifar"].private
+    assert (
+        "config.json" in hub_server.repos["model", "org/ddpm-cifar"].tree()
+    )  # the recipe of the run
+    stock = f"""
+        import sys
+        sys.modules["ddpm_hf"] = None  # importing it raises ImportError
+        import numpy as np, torch, diffusers, logging
+        caught = []
+        class Catch(logging.Handler):
+            def emit(self, record):
+                if record.levelno >= logging.WARNING:
+                    caught.append(record.getMessage())
+        diffusers.utils.logging.add_handler(Catch())
+        from diffusers import DDPMPipeline
+        pipe = DDPMPipeline.from_pretrained("org/ddpm-cifar")
+        pipe.set_progress_bar_config(disable=True)
+        images = pipe(2, torch.Generator().manual_seed(0), 10, output_type="np").images
+        np.testing.assert_allclose(images, np.load({str(tmp_path / "ours.npy")!r}), atol=1e-4)
+        pipe = DDPMPipeline.from_pretrained("org/ddpm-cifar")
+        assert len(pipe(batch_size=8, num_inference_steps=2).images) == 8
+        assert not caught, caught
+        pipe.push_to_hub("org/again")
+        """
+    run_client(hub_server, home, textwrap.dedent(stock))
+    again = """
+        from ddpm_hf import DDPMPipeline
+        from huggingface_hub import ModelCard
+        pipe = DDPMPipeline.from_pretrained("org/again")
+        print(type(pipe.scheduler).__module__, pipe.scheduler.extras["note"])
+        ModelCard.load("org/ddpm-cifar").validate()
+        """
+    said = run_client(hub_server, tmp_path / "other-home", textwrap.dedent(again))
+    assert said.splitlines()[-1] == "ddpm_hf.scheduler [1, 2.5]"
 
 
-def test_the_card_of_a_class_conditional_network_does_not_promise_what_stock_cannot(tmp_path):
-    text = card(tmp_path, dataset_name="embedded", class_conditional=True).text
-    assert "diffusers' own `DDPMPipeline` cannot sample" in text
-    assert "from diffusers import DDPMPipeline" not in text
-    assert text.count("class_labels=0") == 2
-    assert "{%" not in text
+def test_only_safetensors_are_pushed(tiny_unet, tmp_path):
+    DDPMPipeline(tiny_unet, build_scheduler()).save_pretrained(tmp_path)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    torch.save({}, weights.with_suffix(".bin"))
+    with pytest.raises(InputError, match="unet has no safetensors"):
+        check_pipeline(tmp_path)
+    assert not [path for path in files_to_push(tmp_path) if path.suffix == ".bin"]
+
+
+def test_pickles_are_neither_saved_nor_pushed(tiny_unet, tmp_path):
+    pipe = DDPMPipeline(tiny_unet, build_scheduler())
+    with pytest.raises(InputError, match="safe_serialization must be True"):
+        pipe.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(InputError, match="safe_serialization must be True"):
+        pipe.push_to_hub("org/name", safe_serialization=False)
+    with pytest.raises(InputError, match="subfolder"):
+        pipe.push_to_hub("org/name", subfolder="x")
+
+
+def test_settings_that_leave(tmp_path):
+    settings = vars(
+        TrainingConfig(
+            dataset_name="org/set", init_from=str(tmp_path), output_dir="/home/me", seed=3
+        )
+    )
+    public = public_settings(settings)
+    assert public["dataset_name"] == "org/set"
+    assert public["init_from"] == tmp_path.name
+    assert public["seed"] == 3
+    assert not {"output_dir", "cache_dir", "hub_model_id"} & set(public)
+    assert public_settings({"train_data_dir": "../private/dir"})["train_data_dir"] == "dir"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("org/name-checkpoints", True),
+        ("latest", False),
+        ("run/checkpoint-500", False),
+        ("/tmp/run", False),
+        ("../x", False),
+        ("a/b/c", False),
+    ],
+)
+def test_what_is_the_name_of_a_repository(name, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_repo(name) is expected
+    os.makedirs(tmp_path / "org" / "name-checkpoints")
+    assert not is_repo("org/name-checkpoints")

@@ -25,8 +25,8 @@ TASK = "unconditional-image-generation"
 MARK = "<!-- Written by ddpm_hf, anew at every push: delete this line to keep your own text -->"
 """A card without it was written, or edited, by a person, and is left alone."""
 
-EMBEDDED_NAME = "Fashion-MNIST, 6,000 images in the ddpm_hf package (MIT licence, Zalando SE)"
-SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>&~$:])")
+EMBEDDED_NAME = "Fashion-MNIST, from the ddpm_hf package (MIT licence, Zalando SE)"
+SPECIAL = re.compile(r"([\\`*_\[\]|<>&~$@]|:(?=//)|(?<=www)\.)")
 
 
 def card_template() -> Path:

@@ -111,7 +111,7 @@ def push_to_hub(
         raise InputError("a pull request has no commit to tag yet: leave out tag or create_pr")
     check_pipeline(folder)
     api = HfApi(token=token)
-    with explained_hub(repo, "push to"):
+    with explained_hub(repo, "push to", token=token):
         repo = prepare_repo(api, repo, private=private)
         if revision is not None and not create_pr:
             api.create_branch(repo, branch=revision, exist_ok=True)
@@ -300,10 +300,11 @@ def push_checkpoint(
         for path in files
     }
     note = (
+        "---\nlibrary_name: diffusers\ntags:\n- ddpm_hf\n---\n\n"
         f"The newest checkpoint of a run of ddpm_hf, to go on from on another machine:\n"
         f"`ddpm-hf train --resume_from_checkpoint {repo}` beside the other flags. No model.\n"
     )
-    with explained_hub(repo, "push a checkpoint to"):
+    with explained_hub(repo, "push a checkpoint to", token=token):
         repo = prepare_repo(api, repo, private=True)
         there = api.list_repo_files(repo)
         commit = api.create_commit(
@@ -338,7 +339,7 @@ def fetch_checkpoint(repo: str, run_dir: Path, *, token: str | None = None) -> s
     Raises:
         InputError: no such repository, no checkpoint in it, or a damaged one.
     """
-    with explained_hub(repo, "resume from"):
+    with explained_hub(repo, "resume from", token=token):
         names = HfApi(token=token).list_repo_files(repo)
         steps = [int(found[1]) for name in names if (found := NAME.match(name))]
         if not steps:

@@ -1,9 +1,11 @@
 """DDPMPipeline: one denoising loop for every diffusers scheduler, and pictures of what it makes."""
 
 import inspect
+import shutil
 from collections.abc import Iterable, Iterator
 from numbers import Integral
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import diffusers
@@ -17,7 +19,9 @@ from torch import Tensor
 
 from .errors import InputError
 from .functional import mix_seed
+from .hub import files_to_push, push_to_hub
 from .scheduler import DDPMScheduler
+from .uploads import freeze
 
 logger = logging.get_logger(__name__)
 
@@ -66,6 +70,70 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        **kwargs,
+    ) -> None:
+        """Save to a folder, as diffusers does, in safetensors only; push it too if asked to.
+
+        Raises:
+            InputError: safe_serialization=False; or as `push_to_hub`, to which `kwargs` go.
+        """
+        if not safe_serialization:
+            raise InputError("safe_serialization must be True: pickles run code when they load")
+        options = dict(max_shard_size=max_shard_size, use_flashpack=use_flashpack)
+        super().save_pretrained(save_directory, variant=variant, **options)
+        if push_to_hub:
+            repo = kwargs.pop("repo_id", Path(save_directory).resolve().name)
+            self.push_to_hub(repo, variant=variant, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> str:
+        """Push the pipeline and its card as one commit; the arguments are those of diffusers.
+
+        Of a pipeline that was loaded from a run's folder the card, the recipe and the results go
+        with it. `hub.push_to_hub` has more choices.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            InputError: as `hub.push_to_hub`, or a subfolder, which no pipeline can be loaded from.
+        """
+        if subfolder:
+            raise InputError("subfolder: a pipeline is loaded from the root of a repository")
+        with TemporaryDirectory() as folder:
+            origin = Path(self.name_or_path or folder)
+            if (origin / "model_index.json").is_file():
+                freeze(origin, files_to_push(origin), Path(folder))
+                for part in ("unet", "scheduler"):
+                    shutil.rmtree(Path(folder) / part, ignore_errors=True)
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+            pushed = push_to_hub(
+                folder,
+                repo_id,
+                private=private,
+                create_pr=create_pr,
+                message=commit_message,
+                token=token,
+            )
+        return pushed.url
 
     @torch.no_grad()
     def __call__(

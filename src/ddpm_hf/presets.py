@@ -242,7 +242,7 @@ def load_unet_config(
 
     Args:
         name: Id of a repository on the Hub, a folder, or a file of JSON, as
-            `UNet2DModel.save_config` writes it.
+            `UNet2DModel.save_config` writes it; or a pipeline, whose network is in `unet`.
         resolution, image_channels, learned_variance, num_classes: As in `unet_config`, in place of
             the file's.
         dropout: The file's own by default.
@@ -252,12 +252,19 @@ def load_unet_config(
     """
     from diffusers import UNet2DModel
 
-    try:
-        config = UNet2DModel.load_config(name)
-    except OSError as error:
+    config, failure = None, None
+    for where in ({}, {"subfolder": "unet"}):
+        try:
+            config = UNet2DModel.load_config(name, **where)
+        except OSError as error:
+            failure = failure or error
+            continue
+        if not isinstance(config, dict) or "_class_name" in config:  # not a run's settings
+            break
+    if config is None:
         raise InputError(
-            f"model_config_name_or_path {name!r} cannot be loaded: {' '.join(str(error).split())}"
-        ) from error
+            f"model_config_name_or_path {name!r} cannot be loaded: {' '.join(str(failure).split())}"
+        ) from failure
     kind = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
     if kind != "UNet2DModel":
         raise InputError(

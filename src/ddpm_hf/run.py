@@ -133,12 +133,12 @@ class Run:
         origin = None
         if config.init_from and not list_checkpoints(config.run_dir):
             origin = in_turn(processes, partial(DDPMPipeline.from_pretrained, config.init_from))
-        network = partial(build_network, config, images)
-        settle_speed(config, before, network, plan, total_steps)
-        accelerator = start_accelerator(config, plan.accumulation)
         process = {name: getattr(config, name) for name in DEFAULT_PROCESS}
         scheduler = build_scheduler(config.preset, class_names=images.class_names, **process)
         weights = start_weights(config, origin, scheduler) if origin else None
+        network = partial(build_network, config, images)
+        settle_speed(config, before, network, plan, total_steps)
+        accelerator = start_accelerator(config, plan.accumulation)
         unet, optimizer, lr_scheduler = build_learner(
             config, network, accelerator, total_steps, weights
         )
@@ -184,6 +184,8 @@ class Run:
             f"Global batch: {plan.global_batch_size} images = {count} processes x "
             f"{plan.per_device} x {plan.accumulation} micro-steps"
         )
+        if config.init_from:
+            say(f"Started from the weights of {config.init_from}")
         self.report_faults()
         if config.streaming:
             say(

@@ -1,0 +1,164 @@
+"""The model card: the whole of it, what it escapes, and whose text it leaves alone."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+from huggingface_hub import ModelCard
+
+from ddpm_hf import __version__
+from ddpm_hf.card import MARK, code, escape, render_card, write_card
+from ddpm_hf.config import TrainingConfig
+from ddpm_hf.errors import InputError
+from ddpm_hf.presets import build_scheduler, unet_config
+from ddpm_hf.results import Result, TrainingRecord, add_results, write_record
+
+from .conftest import REPOSITORY
+
+EXPECTED = REPOSITORY / "tests" / "expected_card.md"
+MADE_BY = dict(commit="0123abc", hardware="1 core of a|processor")
+
+
+def make_folder(folder, *, recorded=True, process=None, unet=None, **settings):
+    """The files that a card is made from, of a run that never was."""
+    for part in ("unet", "scheduler", "samples"):
+        (folder / part).mkdir(parents=True)
+    network = unet_config("fashion-quick", resolution=(28, 32)) | (unet or {})
+    (folder / "unet" / "config.json").write_text(json.dumps(network))
+    scheduler = build_scheduler(**(process or {}))
+    (folder / "scheduler" / "scheduler_config.json").write_text(scheduler.to_json_string())
+    (folder / "samples" / "grid.png").touch()
+    if recorded:
+        config = TrainingConfig(**({"dataset_name": "embedded"} | settings))
+        (folder / "config.json").write_text(json.dumps(asdict(config)))
+        by_timestep = {"training loss": {"0.0-0.1": 0.5, "0.9-1.0": 0.01}, "x|y": {"0.0-0.1": 0.6}}
+        record = TrainingRecord(
+            step=1000, global_batch_size=16, num_images=6000, num_processes=2, seconds=5400.0,
+            watts=20.0, parameters=1_234_567, loss_by_timestep=by_timestep, **MADE_BY,
+        )  # fmt: skip
+        write_record(folder, record)
+    return folder
+
+
+def test_the_whole_card(tmp_path):
+    folder = make_folder(tmp_path / "garments")
+    (folder / "loss_curve.png").touch()
+    row = dict(dataset="zalando/fashion", split="test", num_images=1000, seed=3, **MADE_BY)
+    add_results(
+        folder,
+        [
+            Result("bits_per_dim", 2.94512345, "bits/dim", protocol="all timesteps", **row,
+                   standard_error=0.0123),
+            Result("fd", 3.2, "squared | distance", protocol="20 steps,\n<b>DDIM</b>", **row),
+        ],
+    )  # fmt: skip
+    expected = EXPECTED.read_text().replace("VERSION", __version__)
+    assert render_card(folder, "org/garments") == expected
+
+
+def test_metadata_is_what_the_hub_reads(tmp_path):
+    folder = make_folder(tmp_path / "run", dataset_name="org/photos", init_from="org/base")
+    row = dict(dataset="org/photos", split="test", num_images=10, protocol="p", seed=0)
+    add_results(folder, [Result("fd", 3.25, "squared distance", **row)])
+    data = ModelCard(render_card(folder, "org/name", license="cc-by-4.0")).data
+    assert data.datasets == ["org/photos"]
+    assert data.license == "cc-by-4.0"
+    assert data.base_model == "org/base"
+    assert data.pipeline_tag == "unconditional-image-generation"
+    (measured,) = data.eval_results
+    assert (measured.dataset_type, measured.metric_type) == ("org/photos", "fd")
+    assert measured.metric_value == 3.25
+    assert measured.metric_args["num_images"] == 10
+
+
+def test_a_local_set_and_a_local_model_are_not_named(tmp_path):
+    secret = tmp_path / "secret" / "place"
+    secret.mkdir(parents=True)
+    folder = make_folder(
+        tmp_path / "run", dataset_name=None, train_data_dir=str(secret), init_from=str(secret)
+    )
+    text = render_card(folder)
+    assert "a local image set" in text
+    assert "| started from | another model |" in text
+    assert "not stated by the set" in text
+    assert "secret" not in text
+    assert ModelCard(text).data.license is None
+
+
+def test_a_pipeline_that_was_not_trained_here(tmp_path):
+    text = render_card(make_folder(tmp_path / "found", recorded=False))
+    assert "not recorded" in text
+    assert "Nothing yet." in text
+    assert "# found\n" in text
+
+
+def test_a_process_that_needs_all_steps_says_so(tmp_path):
+    process = dict(variance_type="fixed_large", ddpm_beta_schedule="sigmoid", ddpm_num_steps=500)
+    text = render_card(make_folder(tmp_path / "run", process=process))
+    assert "That variance is for all 500 steps" in text
+    assert "`sigmoid` with 500" in text
+
+
+def test_a_class_conditional_network_does_not_promise_what_stock_cannot(tmp_path):
+    names = ["a`b", "two\nlines"] + [f"class {i}" for i in range(100)]
+    folder = make_folder(
+        tmp_path / "run", process=dict(class_names=names), unet={"num_class_embeds": 103}
+    )
+    text = render_card(folder)
+    assert "from diffusers import DDPMPipeline" not in text
+    assert text.count("class_labels=0") == 2
+    assert "Classes: 0 `` a`b ``, 1 `two lines`, 2 `class 0`" in text
+    assert "and 2 more." in text
+
+
+def test_a_name_stays_inside_its_quotes(tmp_path):
+    text = render_card(make_folder(tmp_path / 'a"; import os #'))
+    assert r'from_pretrained("a\"; import os #")' in text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a|b", r"a\|b"),
+        ("<script>", r"\<script\>"),
+        ("![x](http://x)", r"!\[x\](http\://x)"),
+        ("one\ntwo", "one two"),
+        ("www.x.org a_b*", r"www\.x.org a\_b\*"),
+        ("0.5 (plain), 1-2", "0.5 (plain), 1-2"),
+    ],
+)
+def test_text_of_others_is_shown_as_text(text, shown):
+    assert escape(text) == shown
+
+
+def test_code_holds_backticks_and_pipes():
+    assert code("a") == "`a`"
+    assert code("a``b") == "``` a``b ```"
+    assert code("a|b") == r"`a\|b`"
+
+
+def test_a_card_that_a_person_edited_stays(tmp_path):
+    folder = make_folder(tmp_path / "run")
+    written = write_card(folder).read_text()
+    assert MARK in written
+    (folder / "README.md").write_text("my own words")
+    write_card(folder)
+    assert (folder / "README.md").read_text() == "my own words"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("unet/config.json", None, "holds no pipeline"),
+        ("unet/config.json", "{", "cannot read .*config.json"),
+        ("scheduler/scheduler_config.json", "[]", "must hold a JSON object; got list"),
+    ],
+)
+def test_a_folder_without_a_readable_pipeline_is_named(tmp_path, name, text, message):
+    folder = make_folder(tmp_path / "run")
+    if text is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        render_card(folder)
