@@ -2,9 +2,14 @@
 Hub is when they are imported. Several calls share a process, since importing takes seconds.
 """
 
+import base64
 import io
+import json
+import os
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +19,7 @@ import pytest
 from PIL import Image
 
 from .conftest import REPOSITORY
-from .hub_server import READ_TOKEN, HubServer, run_client
+from .hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, run_client
 
 HF = str(Path(sys.executable).with_name("hf"))
 
@@ -38,9 +43,12 @@ def upload(repo, path, content, **more):
 """
 
 
-def sent(hub, method, part):
-    """(path, status) of the requests of a method whose path has a part."""
-    return [(r.path, r.status) for r in hub.requests if r.method == method and part in r.path]
+def client(hub, home, code):
+    return run_client(hub, home, START + code)
+
+
+def statuses(hub, method, pattern):
+    return [request.status for request in hub.asked(method, pattern)]
 
 
 def png(value):
@@ -50,11 +58,10 @@ def png(value):
 
 
 def test_a_folder_goes_up_and_comes_down(hub_server, tmp_path):
-    run_client(
+    client(
         hub_server,
         tmp_path,
-        START
-        + """
+        """
 assert api.whoami()["name"] == "tester"
 url = api.create_repo("org/model", private=False)
 assert url.repo_id == "org/model"
@@ -99,17 +106,16 @@ assert raised(api.delete_repo, "org/model").startswith("RepositoryNotFoundError"
 """,
     )
     assert list(hub_server.repos) == [("model", "tester/own")]
-    assert len(sent(hub_server, "PUT", "/lfs/")) == 1
-    assert not [r for r in hub_server.requests if r.method == "PUT" and r.token]
-    assert len(sent(hub_server, "POST", "/lfs/objects/verify")) == 1
+    assert statuses(hub_server, "PUT", "/lfs/") == [200]
+    assert not hub_server.asked("PUT", "/lfs/")[0].token
+    assert statuses(hub_server, "POST", "/lfs/objects/verify") == [200]
 
 
 def test_the_history_stays_and_is_squashed(hub_server, tmp_path):
-    run_client(
+    client(
         hub_server,
         tmp_path,
-        START
-        + """
+        """
 api.create_repo("org/m")
 one = upload("org/m", "a.txt", b"1")
 two = upload("org/m", "a.txt", b"2", parent_commit=one.oid)
@@ -146,11 +152,10 @@ assert "RevisionNotFound" in raised(api.delete_tag, "org/m", tag="v1")
 
 def test_a_pull_request_may_come_from_another(hub_server, tmp_path):
     hub_server.add("other/m", {"a.txt": b"1"})
-    out = run_client(
+    out = client(
         hub_server,
         tmp_path,
-        START
-        + """
+        """
 assert "403" in raised(upload, "other/m", "a.txt", b"2")
 info = upload("other/m", "a.bin", b"2", create_pr=True)
 print(info.pr_url, info.pr_revision, info.pr_num)
@@ -172,11 +177,10 @@ def test_tokens_and_private_repos(hub_server, tmp_path):
     hub_server.add("org/secret", {"a.txt": b"1"}, private=True)
     hub_server.add("org/open", {"a.txt": b"1"})
     hub_server.add("other/secret", private=True)
-    run_client(
+    client(
         hub_server,
         tmp_path,
-        START
-        + """
+        """
 def asked(token, call, *arguments, **more):
     return (raised(call, *arguments, token=token, **more) or "fine").split()[0]
 
@@ -228,11 +232,10 @@ assert asked(False, api.model_info, "org/new2") == missing
 
 def test_large_files_in_parts_and_from_another_origin(tmp_path):
     with HubServer(lfs_redirect=True, multipart_chunk=1000) as hub:
-        run_client(
+        client(
             hub,
             tmp_path,
-            START
-            + """
+            """
 api.create_repo("org/m", private=True)
 content = os.urandom(3500)
 (home / "m.safetensors").write_bytes(content)
@@ -247,14 +250,14 @@ with HfFileSystem().open("org/m/m.safetensors", block_size=512) as file:
     assert file.read() == content[-100:]
 """,
         )
-        puts = [path.rsplit("/", 1)[-1] for path, _ in sent(hub, "PUT", "/lfs/")]
+        puts = [r.path.rsplit("/", 1)[-1] for r in hub.asked("PUT", "/lfs/")]
         assert puts[:4] == ["1", "2", "3", "4"]
         assert len(puts) == 5
-        assert len(sent(hub, "POST", "/complete")) == 1
+        assert statuses(hub, "POST", "/complete$") == [200]
         cdn = [r for r in hub.requests if r.host.startswith("localhost:")]
         assert {(r.method, r.token) for r in cdn} == {("GET", False)}
         assert {r.status for r in cdn} == {200, 206}
-        assert {status for _, status in sent(hub, "HEAD", "/resolve/")} == {302}
+        assert set(statuses(hub, "HEAD", "/resolve/")) == {302}
 
 
 def test_what_goes_wrong(hub_server, tmp_path):
@@ -266,11 +269,10 @@ def test_what_goes_wrong(hub_server, tmp_path):
     hub_server.fail("POST", "/commit/", status=500, message="no space left")
     hub_server.fail("PUT", "/lfs/0a", status=403, message="expired", times=None)
     hub_server.delay("GET", "/api/whoami-v2", seconds=0.3)
-    run_client(
+    client(
         hub_server,
         tmp_path,
-        START
-        + """
+        """
 import hashlib, time
 big = b"x" * 3_000_000
 error = raised(upload, "org/m", "big.bin", big)
@@ -287,19 +289,18 @@ assert time.monotonic() - start >= 0.3
 """,
     )
     assert hub_server.repos["model", "org/m"].tree()["big.bin"] == b"x" * 3_000_000
-    assert [s for _, s in sent(hub_server, "POST", "/preupload/")][:2] == [503, 200]
-    assert [s for _, s in sent(hub_server, "PUT", "/lfs/")] == [0, 200, 403, 403]
-    assert [s for _, s in sent(hub_server, "POST", "/commit/")] == [500, 200]
-    assert [s for _, s in sent(hub_server, "GET", "/resolve/main/m.bin")] == [0, 206]
+    assert statuses(hub_server, "POST", "/preupload/")[:2] == [503, 200]
+    assert statuses(hub_server, "PUT", "/lfs/") == [0, 200, 403, 403]
+    assert statuses(hub_server, "POST", "/commit/") == [500, 200]
+    assert statuses(hub_server, "GET", "/resolve/main/m.bin") == [0, 206]
     assert [fault.times for fault in hub_server.faults] == [None]
 
 
 def test_metadata_of_a_card_is_checked(hub_server, tmp_path):
-    run_client(
+    client(
         hub_server,
         tmp_path,
-        START
-        + """
+        """
 import warnings
 from huggingface_hub import ModelCard
 api.create_repo("org/m")
@@ -328,11 +329,10 @@ def test_datasets_and_spaces(hub_server, tmp_path):
     hub_server.add(
         "org/rows", {"data/train.parquet": file.getvalue()}, kind="dataset", private=True
     )
-    run_client(
+    client(
         hub_server,
         tmp_path,
-        START
-        + """
+        """
 from datasets import Image, load_dataset, Dataset
 photos = load_dataset("org/photos", split="train")
 assert photos.features["label"].names == ["cat", "dog"]
@@ -346,12 +346,13 @@ assert sorted(r["image"].getpixel((0, 0))[0] for r in stream) == [0, 0, 20, 20, 
 Dataset.from_dict({"a": [1, 2, 3]}).push_to_hub("org/made")
 assert load_dataset("org/made", split="train")["a"][:] == [1, 2, 3]
 api.create_repo("org/app", repo_type="space", space_sdk="gradio")
+assert api.space_info("org/app").id == "org/app"
 upload("org/app", "app.py", b"print()", repo_type="space")
 path = hf_hub_download("org/app", "app.py", repo_type="space")
 assert pathlib.Path(path).read_text() == "print()"
 """,
     )
-    assert 206 in [status for _, status in sent(hub_server, "GET", "/datasets/org/rows/resolve/")]
+    assert 206 in statuses(hub_server, "GET", "/datasets/org/rows/resolve/")
     assert list(hub_server.repos["dataset", "org/made"].tree()) == [
         ".gitattributes",
         "data/train-00000-of-00001.parquet",
@@ -359,12 +360,12 @@ assert pathlib.Path(path).read_text() == "print()"
     ]
 
 
+@pytest.mark.slow  # importing diffusers
 def test_diffusers_pushes_and_loads(hub_server, tmp_path):
-    run_client(
+    client(
         hub_server,
         tmp_path,
-        START
-        + """
+        """
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 unet = UNet2DModel(sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
@@ -382,7 +383,7 @@ assert "RevisionNotFound" in raised(DDPMPipeline.from_pretrained, "org/ddpm", re
     repo = hub_server.repos["model", "org/ddpm"]
     assert repo.private
     assert [c.title for c in repo.history()][0] == "Again"
-    assert len(sent(hub_server, "PUT", "/lfs/")) == 1  # the weights were there the second time
+    assert statuses(hub_server, "PUT", "/lfs/") == [200]  # the weights were there the second time
 
 
 def test_the_hf_command(hub_server, tmp_path):
@@ -426,19 +427,55 @@ with ThreadPoolExecutor(4) as pool:
     assert len(repo.history()) == 1 + 24
 
 
-@pytest.mark.parametrize("private", [False, True])
-def test_by_hand(tmp_path, private):
-    command = [sys.executable, str(REPOSITORY / "tests/hub_server.py")]
-    server = subprocess.Popen(command + ["--private"] * private, stdout=subprocess.PIPE, text=True)
-    try:
-        environment = dict(word.split("=", 1) for word in server.stdout.readline().split())
-        code = START + "api.create_repo('org/m'); print(api.model_info('org/m').private)"
-        with HubServer() as other:  # for the rest of the environment
-            environment = other.env(tmp_path) | environment
-        out = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-        )
-        assert out.stdout.strip() == str(private), out.stderr
-    finally:
+def test_what_no_good_client_sends_is_refused(hub_server):
+    """A client that does wrong must not pass."""
+    hub_server.add("org/m", {"a.txt": b"0123456789"})
+    oid, api = "0" * 64, "/api/models/org/m"
+    token = {"Authorization": f"Bearer {WRITE_TOKEN}"}
+
+    def asked(method, path, body=b"", **headers):
+        request = urllib.request.Request(hub_server.endpoint + path, body or None, headers)
+        request.method = method
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.headers["X-Error-Message"]
+
+    def committed(key, **value):
+        lines = {"key": "header", "value": {"summary": "", "description": ""}}
+        body = "\n".join(map(json.dumps, (lines, {"key": key, "value": value})))
+        return asked("POST", f"{api}/commit/main", body.encode(), **token)
+
+    content = base64.b64encode(b"weights").decode()
+    assert asked("GET", "/org/m/resolve/main/a.txt", Range="bytes=-3") == (206, "789")
+    assert asked("GET", "/org/m/resolve/main/a.txt", Range="bytes=2-4") == (206, "234")
+    assert asked("GET", "/org/m/resolve/main/a.txt", Range="bytes=10-") == (
+        416,
+        "the file is shorter",
+    )
+    assert asked("GET", "/nothing") == (404, "tests/hub_routes.py has no route GET /nothing")
+    assert asked("PUT", f"/lfs/{oid}", b"x") == (400, f"this is not {oid}")
+    assert asked("PUT", f"/lfs/{oid}", b"x", **token) == (400, "Only one auth mechanism allowed")
+    parts = json.dumps({"parts": [{"partNumber": 1, "etag": "x"}]}).encode()
+    assert asked("POST", f"/lfs/{oid}/complete", parts) == (400, "a part is missing or another one")
+    verify = json.dumps({"oid": oid, "size": 1}).encode()
+    path = "/org/m.git/info/lfs/objects/verify"
+    assert asked("POST", path, verify, **token) == (404, f"{oid} was not uploaded")
+    refused = (400, "m.pt must be uploaded with LFS")
+    assert committed("file", path="m.pt", content=content) == refused
+    refused = (400, "m.pt is a pointer to a file that was not uploaded")
+    assert committed("lfsFile", path="m.pt", oid=oid, size=1) == refused
+    body = asked("GET", f"{api}/tree/main/nothing")
+    assert body[0] == 404
+
+
+def test_by_hand(tmp_path):
+    command = [sys.executable, "-m", "tests.hub_server", "--private"]
+    code = START + "api.create_repo('org/m'); print(api.model_info('org/m').private)"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as server:
+        printed = dict(word.split("=", 1) for word in server.stdout.readline().split())
+        environment = os.environ | {"HF_HOME": str(tmp_path)} | printed
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
         server.kill()
-        server.wait()
+    assert done.stdout == b"True\n", done.stderr.decode()
