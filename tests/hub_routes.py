@@ -38,8 +38,7 @@ class HubError(Exception):
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str):
         super().__init__(message)
         named = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-        named |= {name.replace("_", "-"): value for name, value in headers.items()}
-        self.answer = Answer(json.dumps({"error": message}).encode(), status, named)
+        self.answer = Answer(json.dumps({"error": message}).encode(), status, named | headers)
 
 
 @dataclass
@@ -149,9 +148,8 @@ def card_data(readme: bytes) -> dict:
 
 
 def reply(data: object, status: int = 200) -> Answer:
-    return Answer(
-        json.dumps(data, default=str).encode(), status, {"Content-Type": "application/json"}
-    )
+    content = json.dumps(data, default=str).encode()  # str: YAML has dates
+    return Answer(content, status, {"Content-Type": "application/json"})
 
 
 def ranged(content: bytes, asked: str | None, headers: dict[str, str]) -> Answer:
@@ -164,7 +162,7 @@ def ranged(content: bytes, asked: str | None, headers: dict[str, str]) -> Answer
     start = int(first) if first else max(size - int(last), 0)
     stop = min(int(last) + 1, size) if first and last else size
     if start >= size:
-        raise HubError(416, "the file is shorter", Content_Range=f"bytes */{size}")
+        raise HubError(416, "the file is shorter", **{"Content-Range": f"bytes */{size}"})
     headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
     return Answer(content[start:stop], 206, headers)
 
@@ -325,8 +323,8 @@ def changed(hub: "HubServer", tree: dict[str, bytes], key: str, value: dict) -> 
         if value["oid"] not in hub.lfs:
             raise HubError(400, f"{path} is a pointer to a file that was not uploaded")
         return tree | {path: hub.lfs[value["oid"]]}
-    inside = f"{path.rstrip('/')}/" if key == "deletedFolder" else path
-    kept = {p: c for p, c in tree.items() if p != path and not p.startswith(inside)}
+    inside = f"{path.rstrip('/')}/" if key == "deletedFolder" else None
+    kept = {p: c for p, c in tree.items() if p != path and not (inside and p.startswith(inside))}
     if len(kept) == len(tree):
         raise HubError(404, f"{path} does not exist", "EntryNotFound")
     return kept
@@ -393,13 +391,11 @@ def list_refs(hub: "HubServer", call: Call) -> Answer:
 
 
 def list_commits(hub: "HubServer", call: Call) -> Answer:
-    commits, by = hub.readable(call).history(call.names["revision"]), [{"user": hub.user}]
-    return reply(
-        [
-            {"id": c.oid, "title": c.title, "message": c.message, "authors": by, "date": c.date}
-            for c in commits
-        ]
-    )
+    found, by = [], [{"user": hub.user}]
+    for c in hub.readable(call).history(call.names["revision"]):
+        item = {"id": c.oid, "title": c.title, "message": c.message, "date": c.date}
+        found.append(item | {"authors": by})
+    return reply(found)
 
 
 def super_squash(hub: "HubServer", call: Call) -> Answer:
@@ -444,8 +440,7 @@ def list_tree(hub: "HubServer", call: Call) -> Answer:
     head, root = hub.readable(call).at(call.names["revision"]), call.names["path"] or "."
     found = entries(head, is_set(call.query, "expand"))
     if root not in found and root != ".":
-        commit = {"X_Repo_Commit": head.oid}
-        raise HubError(404, f"{root} does not exist on {head.oid}", "EntryNotFound", **commit)
+        raise HubError(404, f"{root} does not exist on {head.oid}", "EntryNotFound")
     deep = is_set(call.query, "recursive")
     parents = {path: [str(p) for p in PurePosixPath(path).parents] for path in found}
     return reply([found[p] for p, up in parents.items() if root in (up if deep else up[:1])])
@@ -464,9 +459,8 @@ def paths_info(hub: "HubServer", call: Call) -> Answer:
 def resolve(hub: "HubServer", call: Call) -> Answer:
     head, path = hub.readable(call).at(call.names["revision"]), call.names["path"]
     headers = {"X-Repo-Commit": head.oid}
-    if path not in head.tree:
-        commit = {"X_Repo_Commit": head.oid}  # with it, clients remember that there is none
-        raise HubError(404, f"{path} does not exist", "EntryNotFound", **commit)
+    if path not in head.tree:  # with the commit, clients remember that there is none
+        raise HubError(404, f"{path} does not exist", "EntryNotFound", **headers)
     content = head.tree[path]
     oid = file_id(path, content)
     if hub.lfs_redirect and is_lfs(path, len(content)):

@@ -75,6 +75,7 @@ folder = home / "folder"
 (folder / "README.md").write_text("---\\nlibrary_name: diffusers\\ntags: [ddpm]\\n---\\n# Text")
 (folder / "unet/model.safetensors").write_bytes(b"weights" * 1000)
 (folder / "unet/config.json").write_text("{}")
+(folder / "unet/config.json.txt").write_text("")
 (folder / "empty.bin").write_bytes(b"")
 first = api.upload_folder(repo_id="org/model", folder_path=folder, commit_message="All of it")
 again = api.upload_folder(repo_id="org/model", folder_path=folder, commit_message="The same")
@@ -93,6 +94,13 @@ names = {str(p.relative_to(snapshot)) for p in snapshot.rglob("*") if p.is_file(
 assert names == {s.rfilename for s in info.siblings}
 
 api.upload_folder(repo_id="org/model", folder_path=folder / "unet", delete_patterns="*.bin")
+assert "empty.bin" not in api.list_repo_files("org/model")
+api.delete_file("unet/config.json", "org/model")
+tree = [f.path for f in api.list_repo_tree("org/model", "unet")]
+assert tree == ["unet/config.json.txt", "unet/model.safetensors"]
+top = [f.path for f in api.list_repo_tree("org/model")]
+assert top == [".gitattributes", "README.md", "config.json", "config.json.txt",
+               "model.safetensors", "unet"]
 api.delete_folder("unet", "org/model")
 assert "EntryNotFound" in raised(api.delete_file, "unet/config.json", "org/model")
 assert "EntryNotFound" in raised(hf_hub_download, "org/model", "unet/config.json")
@@ -126,6 +134,8 @@ assert "409" in raised(api.create_tag, "org/m", tag="v1")
 api.create_tag("org/m", tag="v1", exist_ok=True)
 api.create_branch("org/m", branch="dev/x", exist_ok=True)
 upload("org/m", "b.txt", b"4", revision="dev/x")
+assert "v1 is not a branch" in raised(upload, "org/m", "b.txt", b"4", revision="v1")
+assert "RevisionNotFound" in raised(api.super_squash_history, "org/m", branch="v1")
 
 def text(revision, name="a.txt"):
     return pathlib.Path(hf_hub_download("org/m", name, revision=revision)).read_text()
@@ -263,7 +273,7 @@ with HfFileSystem().open("org/m/m.safetensors", block_size=512) as file:
 def test_what_goes_wrong(hub_server, tmp_path):
     content = bytes(range(256)) * 50_000  # clients write what they get by 10 MiB
     hub_server.add("org/m", {"m.bin": content})
-    hub_server.cut("PUT", "/lfs/", after=10_000)
+    hub_server.cut("PUT", "/lfs/", after=100_000)
     hub_server.cut("GET", "/resolve/", after=12_000_000)
     hub_server.fail("POST", "/preupload/", status=503)
     hub_server.fail("POST", "/commit/", status=500, message="no space left")
@@ -274,10 +284,10 @@ def test_what_goes_wrong(hub_server, tmp_path):
         tmp_path,
         """
 import hashlib, time
-big = b"x" * 3_000_000
-error = raised(upload, "org/m", "big.bin", big)
+big = b"x" * 10_000_001  # LFS for its size
+error = raised(upload, "org/m", "big.txt", big)
 assert "HfHubHTTPError" in error and "no space left" in error  # after two that it got over
-upload("org/m", "big.bin", big)
+upload("org/m", "big.txt", big)
 number = next(n for n in range(10_000) if hashlib.sha256(b"%d" % n).hexdigest().startswith("0a"))
 for _ in range(2):
     assert "403 Forbidden: expired" in raised(upload, "org/m", "n.bin", b"%d" % number)
@@ -288,7 +298,7 @@ api.whoami()
 assert time.monotonic() - start >= 0.3
 """,
     )
-    assert hub_server.repos["model", "org/m"].tree()["big.bin"] == b"x" * 3_000_000
+    assert hub_server.repos["model", "org/m"].tree()["big.txt"] == b"x" * 10_000_001
     assert statuses(hub_server, "POST", "/preupload/")[:2] == [503, 200]
     assert statuses(hub_server, "PUT", "/lfs/") == [0, 200, 403, 403]
     assert statuses(hub_server, "POST", "/commit/") == [500, 200]
