@@ -8,8 +8,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ import pytest
 from PIL import Image
 
 from .conftest import REPOSITORY
+from .hub_routes import Repo
 from .hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, run_client
 
 HF = str(Path(sys.executable).with_name("hf"))
@@ -62,6 +65,8 @@ def test_a_folder_goes_up_and_comes_down(hub_server, tmp_path):
         hub_server,
         tmp_path,
         """
+from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
 assert api.whoami()["name"] == "tester"
 url = api.create_repo("org/model", private=False)
 assert url.repo_id == "org/model"
@@ -101,9 +106,14 @@ assert tree == ["unet/config.json.txt", "unet/model.safetensors"]
 top = [f.path for f in api.list_repo_tree("org/model")]
 assert top == [".gitattributes", "README.md", "config.json", "config.json.txt",
                "model.safetensors", "unet"]
+upload("org/model", "unet2/a.txt", b"1")
 api.delete_folder("unet", "org/model")
+left = {".gitattributes", "README.md", "config.json", "config.json.txt", "model.safetensors",
+        "unet2/a.txt"}
+assert set(api.list_repo_files("org/model")) == left
 assert "EntryNotFound" in raised(api.delete_file, "unet/config.json", "org/model")
 assert "EntryNotFound" in raised(hf_hub_download, "org/model", "unet/config.json")
+assert try_to_load_from_cache("org/model", "unet/config.json") is _CACHED_NO_EXIST
 assert "RevisionNotFound" in raised(hf_hub_download, "org/model", "x", revision="v9")
 paths = api.get_paths_info("org/model", ["README.md", "nothing"], expand=True)
 assert [(p.path, p.last_commit.title.split()[0]) for p in paths] == [("README.md", "Delete")]
@@ -414,27 +424,43 @@ def test_the_hf_command(hub_server, tmp_path):
 
 def test_many_clients_at_once(hub_server, tmp_path):
     hub_server.add("org/m")
-    code = (
-        START
-        + """
+    many = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 with ThreadPoolExecutor(4) as pool:
-    names = [f"{sys.argv[1]}-{i}.bin" for i in range(8)]
+    names = [f"{sys.argv[1]}-{i}.bin" for i in range(12)]
     list(pool.map(lambda name: upload("org/m", name, name.encode()), names))
 """
-    )
     clients = [
-        subprocess.Popen([sys.executable, "-c", code, str(n)], env=hub_server.env(tmp_path))
-        for n in range(3)
+        subprocess.Popen([sys.executable, "-c", START + many, n], env=hub_server.env(tmp_path))
+        for n in "ab"
     ]
-    assert [client.wait(60) for client in clients] == [0, 0, 0]
+    assert [client.wait(60) for client in clients] == [0, 0]
     repo = hub_server.repos["model", "org/m"]
-    names = {f"{n}-{i}.bin" for n in range(3) for i in range(8)}
-    assert {name: c.decode() for name, c in repo.tree().items() if name in names} == {
-        name: name for name in names
-    }
-    assert len(repo.history()) == 1 + 24
+    names = {f"{n}-{i}.bin" for n in "ab" for i in range(12)}
+    assert {name: repo.tree().get(name) for name in names} == {n: n.encode() for n in names}
+    assert len(repo.history()) == 1 + len(names)
+
+
+def test_no_commit_is_lost_to_another(hub_server, monkeypatch):
+    hub_server.add("org/m")
+    header = {"Authorization": f"Bearer {WRITE_TOKEN}"}
+    store = Repo.commit
+
+    def slow(*arguments):  # without the lock, all would have read the same head by then
+        time.sleep(0.01)
+        return store(*arguments)
+
+    def commit(number):
+        added = {"key": "file", "value": {"path": f"{number}.txt", "content": ""}}
+        lines = {"key": "header", "value": {"summary": "", "description": ""}}, added
+        body = "\n".join(map(json.dumps, lines)).encode()
+        return hub_server.answer("POST", "/api/models/org/m/commit/main", header, body).status
+
+    monkeypatch.setattr(Repo, "commit", slow)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(commit, range(8))) == [200] * 8
+    assert len(hub_server.repos["model", "org/m"].tree()) == 1 + 8
 
 
 def test_what_no_good_client_sends_is_refused(hub_server):
