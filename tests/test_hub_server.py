@@ -2,9 +2,16 @@
 Hub is when they are imported. Several calls share a process, since importing takes seconds.
 """
 
+import base64
 import io
+import json
+import os
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +21,8 @@ import pytest
 from PIL import Image
 
 from .conftest import REPOSITORY
-from .hub_server import READ_TOKEN, HubServer, run_client
+from .hub_routes import Repo
+from .hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, run_client
 
 HF = str(Path(sys.executable).with_name("hf"))
 
@@ -38,9 +46,12 @@ def upload(repo, path, content, **more):
 """
 
 
-def sent(hub, method, part):
-    """(path, status) of the requests of a method whose path has a part."""
-    return [(r.path, r.status) for r in hub.requests if r.method == method and part in r.path]
+def client(hub, home, code):
+    return run_client(hub, home, START + code)
+
+
+def statuses(hub, method, pattern):
+    return [request.status for request in hub.asked(method, pattern)]
 
 
 def png(value):
@@ -50,11 +61,12 @@ def png(value):
 
 
 def test_a_folder_goes_up_and_comes_down(hub_server, tmp_path):
-    run_client(
+    client(
         hub_server,
         tmp_path,
-        START
-        + """
+        """
+from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
 assert api.whoami()["name"] == "tester"
 url = api.create_repo("org/model", private=False)
 assert url.repo_id == "org/model"
@@ -68,6 +80,7 @@ folder = home / "folder"
 (folder / "README.md").write_text("---\\nlibrary_name: diffusers\\ntags: [ddpm]\\n---\\n# Text")
 (folder / "unet/model.safetensors").write_bytes(b"weights" * 1000)
 (folder / "unet/config.json").write_text("{}")
+(folder / "unet/config.json.txt").write_text("")
 (folder / "empty.bin").write_bytes(b"")
 first = api.upload_folder(repo_id="org/model", folder_path=folder, commit_message="All of it")
 again = api.upload_folder(repo_id="org/model", folder_path=folder, commit_message="The same")
@@ -86,9 +99,21 @@ names = {str(p.relative_to(snapshot)) for p in snapshot.rglob("*") if p.is_file(
 assert names == {s.rfilename for s in info.siblings}
 
 api.upload_folder(repo_id="org/model", folder_path=folder / "unet", delete_patterns="*.bin")
+assert "empty.bin" not in api.list_repo_files("org/model")
+api.delete_file("unet/config.json", "org/model")
+tree = [f.path for f in api.list_repo_tree("org/model", "unet")]
+assert tree == ["unet/config.json.txt", "unet/model.safetensors"]
+top = [f.path for f in api.list_repo_tree("org/model")]
+assert top == [".gitattributes", "README.md", "config.json", "config.json.txt",
+               "model.safetensors", "unet"]
+upload("org/model", "unet2/a.txt", b"1")
 api.delete_folder("unet", "org/model")
+left = {".gitattributes", "README.md", "config.json", "config.json.txt", "model.safetensors",
+        "unet2/a.txt"}
+assert set(api.list_repo_files("org/model")) == left
 assert "EntryNotFound" in raised(api.delete_file, "unet/config.json", "org/model")
 assert "EntryNotFound" in raised(hf_hub_download, "org/model", "unet/config.json")
+assert try_to_load_from_cache("org/model", "unet/config.json") is _CACHED_NO_EXIST
 assert "RevisionNotFound" in raised(hf_hub_download, "org/model", "x", revision="v9")
 paths = api.get_paths_info("org/model", ["README.md", "nothing"], expand=True)
 assert [(p.path, p.last_commit.title.split()[0]) for p in paths] == [("README.md", "Delete")]
@@ -99,17 +124,16 @@ assert raised(api.delete_repo, "org/model").startswith("RepositoryNotFoundError"
 """,
     )
     assert list(hub_server.repos) == [("model", "tester/own")]
-    assert len(sent(hub_server, "PUT", "/lfs/")) == 1
-    assert not [r for r in hub_server.requests if r.method == "PUT" and r.token]
-    assert len(sent(hub_server, "POST", "/lfs/objects/verify")) == 1
+    assert statuses(hub_server, "PUT", "/lfs/") == [200]
+    assert not hub_server.asked("PUT", "/lfs/")[0].token
+    assert statuses(hub_server, "POST", "/lfs/objects/verify") == [200]
 
 
 def test_the_history_stays_and_is_squashed(hub_server, tmp_path):
-    run_client(
+    client(
         hub_server,
         tmp_path,
-        START
-        + """
+        """
 api.create_repo("org/m")
 one = upload("org/m", "a.txt", b"1")
 two = upload("org/m", "a.txt", b"2", parent_commit=one.oid)
@@ -120,6 +144,8 @@ assert "409" in raised(api.create_tag, "org/m", tag="v1")
 api.create_tag("org/m", tag="v1", exist_ok=True)
 api.create_branch("org/m", branch="dev/x", exist_ok=True)
 upload("org/m", "b.txt", b"4", revision="dev/x")
+assert "v1 is not a branch" in raised(upload, "org/m", "b.txt", b"4", revision="v1")
+assert "RevisionNotFound" in raised(api.super_squash_history, "org/m", branch="v1")
 
 def text(revision, name="a.txt"):
     return pathlib.Path(hf_hub_download("org/m", name, revision=revision)).read_text()
@@ -146,11 +172,10 @@ assert "RevisionNotFound" in raised(api.delete_tag, "org/m", tag="v1")
 
 def test_a_pull_request_may_come_from_another(hub_server, tmp_path):
     hub_server.add("other/m", {"a.txt": b"1"})
-    out = run_client(
+    out = client(
         hub_server,
         tmp_path,
-        START
-        + """
+        """
 assert "403" in raised(upload, "other/m", "a.txt", b"2")
 info = upload("other/m", "a.bin", b"2", create_pr=True)
 print(info.pr_url, info.pr_revision, info.pr_num)
@@ -172,11 +197,10 @@ def test_tokens_and_private_repos(hub_server, tmp_path):
     hub_server.add("org/secret", {"a.txt": b"1"}, private=True)
     hub_server.add("org/open", {"a.txt": b"1"})
     hub_server.add("other/secret", private=True)
-    run_client(
+    client(
         hub_server,
         tmp_path,
-        START
-        + """
+        """
 def asked(token, call, *arguments, **more):
     return (raised(call, *arguments, token=token, **more) or "fine").split()[0]
 
@@ -228,11 +252,10 @@ assert asked(False, api.model_info, "org/new2") == missing
 
 def test_large_files_in_parts_and_from_another_origin(tmp_path):
     with HubServer(lfs_redirect=True, multipart_chunk=1000) as hub:
-        run_client(
+        client(
             hub,
             tmp_path,
-            START
-            + """
+            """
 api.create_repo("org/m", private=True)
 content = os.urandom(3500)
 (home / "m.safetensors").write_bytes(content)
@@ -247,35 +270,34 @@ with HfFileSystem().open("org/m/m.safetensors", block_size=512) as file:
     assert file.read() == content[-100:]
 """,
         )
-        puts = [path.rsplit("/", 1)[-1] for path, _ in sent(hub, "PUT", "/lfs/")]
+        puts = [r.path.rsplit("/", 1)[-1] for r in hub.asked("PUT", "/lfs/")]
         assert puts[:4] == ["1", "2", "3", "4"]
         assert len(puts) == 5
-        assert len(sent(hub, "POST", "/complete")) == 1
+        assert statuses(hub, "POST", "/complete$") == [200]
         cdn = [r for r in hub.requests if r.host.startswith("localhost:")]
         assert {(r.method, r.token) for r in cdn} == {("GET", False)}
         assert {r.status for r in cdn} == {200, 206}
-        assert {status for _, status in sent(hub, "HEAD", "/resolve/")} == {302}
+        assert set(statuses(hub, "HEAD", "/resolve/")) == {302}
 
 
 def test_what_goes_wrong(hub_server, tmp_path):
     content = bytes(range(256)) * 50_000  # clients write what they get by 10 MiB
     hub_server.add("org/m", {"m.bin": content})
-    hub_server.cut("PUT", "/lfs/", after=10_000)
+    hub_server.cut("PUT", "/lfs/", after=100_000)
     hub_server.cut("GET", "/resolve/", after=12_000_000)
     hub_server.fail("POST", "/preupload/", status=503)
     hub_server.fail("POST", "/commit/", status=500, message="no space left")
     hub_server.fail("PUT", "/lfs/0a", status=403, message="expired", times=None)
     hub_server.delay("GET", "/api/whoami-v2", seconds=0.3)
-    run_client(
+    client(
         hub_server,
         tmp_path,
-        START
-        + """
+        """
 import hashlib, time
-big = b"x" * 3_000_000
-error = raised(upload, "org/m", "big.bin", big)
+big = b"x" * 10_000_001  # LFS for its size
+error = raised(upload, "org/m", "big.txt", big)
 assert "HfHubHTTPError" in error and "no space left" in error  # after two that it got over
-upload("org/m", "big.bin", big)
+upload("org/m", "big.txt", big)
 number = next(n for n in range(10_000) if hashlib.sha256(b"%d" % n).hexdigest().startswith("0a"))
 for _ in range(2):
     assert "403 Forbidden: expired" in raised(upload, "org/m", "n.bin", b"%d" % number)
@@ -286,20 +308,19 @@ api.whoami()
 assert time.monotonic() - start >= 0.3
 """,
     )
-    assert hub_server.repos["model", "org/m"].tree()["big.bin"] == b"x" * 3_000_000
-    assert [s for _, s in sent(hub_server, "POST", "/preupload/")][:2] == [503, 200]
-    assert [s for _, s in sent(hub_server, "PUT", "/lfs/")] == [0, 200, 403, 403]
-    assert [s for _, s in sent(hub_server, "POST", "/commit/")] == [500, 200]
-    assert [s for _, s in sent(hub_server, "GET", "/resolve/main/m.bin")] == [0, 206]
+    assert hub_server.repos["model", "org/m"].tree()["big.txt"] == b"x" * 10_000_001
+    assert statuses(hub_server, "POST", "/preupload/")[:2] == [503, 200]
+    assert statuses(hub_server, "PUT", "/lfs/") == [0, 200, 403, 403]
+    assert statuses(hub_server, "POST", "/commit/") == [500, 200]
+    assert statuses(hub_server, "GET", "/resolve/main/m.bin") == [0, 206]
     assert [fault.times for fault in hub_server.faults] == [None]
 
 
 def test_metadata_of_a_card_is_checked(hub_server, tmp_path):
-    run_client(
+    client(
         hub_server,
         tmp_path,
-        START
-        + """
+        """
 import warnings
 from huggingface_hub import ModelCard
 api.create_repo("org/m")
@@ -328,11 +349,10 @@ def test_datasets_and_spaces(hub_server, tmp_path):
     hub_server.add(
         "org/rows", {"data/train.parquet": file.getvalue()}, kind="dataset", private=True
     )
-    run_client(
+    client(
         hub_server,
         tmp_path,
-        START
-        + """
+        """
 from datasets import Image, load_dataset, Dataset
 photos = load_dataset("org/photos", split="train")
 assert photos.features["label"].names == ["cat", "dog"]
@@ -346,12 +366,13 @@ assert sorted(r["image"].getpixel((0, 0))[0] for r in stream) == [0, 0, 20, 20, 
 Dataset.from_dict({"a": [1, 2, 3]}).push_to_hub("org/made")
 assert load_dataset("org/made", split="train")["a"][:] == [1, 2, 3]
 api.create_repo("org/app", repo_type="space", space_sdk="gradio")
+assert api.space_info("org/app").id == "org/app"
 upload("org/app", "app.py", b"print()", repo_type="space")
 path = hf_hub_download("org/app", "app.py", repo_type="space")
 assert pathlib.Path(path).read_text() == "print()"
 """,
     )
-    assert 206 in [status for _, status in sent(hub_server, "GET", "/datasets/org/rows/resolve/")]
+    assert 206 in statuses(hub_server, "GET", "/datasets/org/rows/resolve/")
     assert list(hub_server.repos["dataset", "org/made"].tree()) == [
         ".gitattributes",
         "data/train-00000-of-00001.parquet",
@@ -359,12 +380,12 @@ assert pathlib.Path(path).read_text() == "print()"
     ]
 
 
+@pytest.mark.slow  # importing diffusers
 def test_diffusers_pushes_and_loads(hub_server, tmp_path):
-    run_client(
+    client(
         hub_server,
         tmp_path,
-        START
-        + """
+        """
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 unet = UNet2DModel(sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
@@ -382,7 +403,7 @@ assert "RevisionNotFound" in raised(DDPMPipeline.from_pretrained, "org/ddpm", re
     repo = hub_server.repos["model", "org/ddpm"]
     assert repo.private
     assert [c.title for c in repo.history()][0] == "Again"
-    assert len(sent(hub_server, "PUT", "/lfs/")) == 1  # the weights were there the second time
+    assert statuses(hub_server, "PUT", "/lfs/") == [200]  # the weights were there the second time
 
 
 def test_the_hf_command(hub_server, tmp_path):
@@ -403,42 +424,94 @@ def test_the_hf_command(hub_server, tmp_path):
 
 def test_many_clients_at_once(hub_server, tmp_path):
     hub_server.add("org/m")
-    code = (
-        START
-        + """
+    many = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 with ThreadPoolExecutor(4) as pool:
-    names = [f"{sys.argv[1]}-{i}.bin" for i in range(8)]
+    names = [f"{sys.argv[1]}-{i}.bin" for i in range(12)]
     list(pool.map(lambda name: upload("org/m", name, name.encode()), names))
 """
-    )
     clients = [
-        subprocess.Popen([sys.executable, "-c", code, str(n)], env=hub_server.env(tmp_path))
-        for n in range(3)
+        subprocess.Popen([sys.executable, "-c", START + many, n], env=hub_server.env(tmp_path))
+        for n in "ab"
     ]
-    assert [client.wait(60) for client in clients] == [0, 0, 0]
+    assert [client.wait(60) for client in clients] == [0, 0]
     repo = hub_server.repos["model", "org/m"]
-    names = {f"{n}-{i}.bin" for n in range(3) for i in range(8)}
-    assert {name: c.decode() for name, c in repo.tree().items() if name in names} == {
-        name: name for name in names
-    }
-    assert len(repo.history()) == 1 + 24
+    names = {f"{n}-{i}.bin" for n in "ab" for i in range(12)}
+    assert {name: repo.tree().get(name) for name in names} == {n: n.encode() for n in names}
+    assert len(repo.history()) == 1 + len(names)
 
 
-@pytest.mark.parametrize("private", [False, True])
-def test_by_hand(tmp_path, private):
-    command = [sys.executable, str(REPOSITORY / "tests/hub_server.py")]
-    server = subprocess.Popen(command + ["--private"] * private, stdout=subprocess.PIPE, text=True)
-    try:
-        environment = dict(word.split("=", 1) for word in server.stdout.readline().split())
-        code = START + "api.create_repo('org/m'); print(api.model_info('org/m').private)"
-        with HubServer() as other:  # for the rest of the environment
-            environment = other.env(tmp_path) | environment
-        out = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-        )
-        assert out.stdout.strip() == str(private), out.stderr
-    finally:
+def test_no_commit_is_lost_to_another(hub_server, monkeypatch):
+    hub_server.add("org/m")
+    header = {"Authorization": f"Bearer {WRITE_TOKEN}"}
+    store = Repo.commit
+
+    def slow(*arguments):  # without the lock, all would have read the same head by then
+        time.sleep(0.01)
+        return store(*arguments)
+
+    def commit(number):
+        added = {"key": "file", "value": {"path": f"{number}.txt", "content": ""}}
+        lines = {"key": "header", "value": {"summary": "", "description": ""}}, added
+        body = "\n".join(map(json.dumps, lines)).encode()
+        return hub_server.answer("POST", "/api/models/org/m/commit/main", header, body).status
+
+    monkeypatch.setattr(Repo, "commit", slow)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(commit, range(8))) == [200] * 8
+    assert len(hub_server.repos["model", "org/m"].tree()) == 1 + 8
+
+
+def test_what_no_good_client_sends_is_refused(hub_server):
+    """A client that does wrong must not pass."""
+    hub_server.add("org/m", {"a.txt": b"0123456789"})
+    oid, api = "0" * 64, "/api/models/org/m"
+    token = {"Authorization": f"Bearer {WRITE_TOKEN}"}
+
+    def asked(method, path, body=b"", **headers):
+        request = urllib.request.Request(hub_server.endpoint + path, body or None, headers)
+        request.method = method
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.headers["X-Error-Message"]
+
+    def committed(key, **value):
+        lines = {"key": "header", "value": {"summary": "", "description": ""}}
+        body = "\n".join(map(json.dumps, (lines, {"key": key, "value": value})))
+        return asked("POST", f"{api}/commit/main", body.encode(), **token)
+
+    content = base64.b64encode(b"weights").decode()
+    assert asked("GET", "/org/m/resolve/main/a.txt", Range="bytes=-3") == (206, "789")
+    assert asked("GET", "/org/m/resolve/main/a.txt", Range="bytes=2-4") == (206, "234")
+    assert asked("GET", "/org/m/resolve/main/a.txt", Range="bytes=10-") == (
+        416,
+        "the file is shorter",
+    )
+    assert asked("GET", "/nothing") == (404, "tests/hub_routes.py has no route GET /nothing")
+    assert asked("PUT", f"/lfs/{oid}", b"x") == (400, f"this is not {oid}")
+    assert asked("PUT", f"/lfs/{oid}", b"x", **token) == (400, "Only one auth mechanism allowed")
+    parts = json.dumps({"parts": [{"partNumber": 1, "etag": "x"}]}).encode()
+    assert asked("POST", f"/lfs/{oid}/complete", parts) == (400, "a part is missing or another one")
+    verify = json.dumps({"oid": oid, "size": 1}).encode()
+    path = "/org/m.git/info/lfs/objects/verify"
+    assert asked("POST", path, verify, **token) == (404, f"{oid} was not uploaded")
+    refused = (400, "m.pt must be uploaded with LFS")
+    assert committed("file", path="m.pt", content=content) == refused
+    refused = (400, "m.pt is a pointer to a file that was not uploaded")
+    assert committed("lfsFile", path="m.pt", oid=oid, size=1) == refused
+    body = asked("GET", f"{api}/tree/main/nothing")
+    assert body[0] == 404
+
+
+def test_by_hand(tmp_path):
+    command = [sys.executable, "-m", "tests.hub_server", "--private"]
+    code = START + "api.create_repo('org/m'); print(api.model_info('org/m').private)"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as server:
+        printed = dict(word.split("=", 1) for word in server.stdout.readline().split())
+        environment = os.environ | {"HF_HOME": str(tmp_path)} | printed
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
         server.kill()
-        server.wait()
+    assert done.stdout == b"True\n", done.stderr.decode()
