@@ -15,6 +15,7 @@ PACKAGE = REPOSITORY / "src" / "ddpm_hf"
 # A module imports only modules above it. CONTRIBUTING.md explains the layers.
 ORDER = [
     "errors",
+    "access",
     "functional",
     "scheduler",
     "presets",
