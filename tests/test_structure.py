@@ -25,6 +25,7 @@ ORDER = [
     "data",
     "streaming",
     "losses",
+    "loading",
     "pipeline",
     "optimization",
     "checkpoint",
