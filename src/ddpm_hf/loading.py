@@ -39,7 +39,7 @@ WEIGHTS = "diffusion_pytorch_model"
 MAX_CONFIG_BYTES = 8_000_000  # MAX_TIMESTEPS betas of 25 characters, and room
 MAX_TIMESTEPS = 100_000  # a float64 table of them is 1 MB
 MAX_SIDE = 4096  # pixels; one RGB image of this size is 200 MB in float32
-MAX_LEVELS, MAX_LAYERS = 16, 64  # of a network: what is built on the meta device takes seconds
+MAX_LEVELS, MAX_LAYERS = 16, 16  # of a network: on the meta device all of them take seconds
 
 REFUSED = ("custom_pipeline", "custom_revision", "trust_remote_code", "use_flashpack", "use_onnx")
 """Arguments of diffusers' `from_pretrained` that run code of a repo or read other weights."""
@@ -55,7 +55,7 @@ def told_in_one_line(name: str, token: str | bool | None) -> Iterator[None]:
     except InputError:
         raise
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot {action} {reprlib.repr(name)}: {one_line(error)}") from error
+        raise InputError(f"cannot {action} {one_line(name)!r}: {one_line(error)}") from error
 
 
 def prepare(pipeline: type, name: str, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
@@ -129,6 +129,9 @@ def check_folder(
     """
     index = read_json(folder / INDEX)
     check_index(index, given)
+    for code in ("None.py", "unet/diffusers.py", "scheduler/diffusers.py"):
+        if (folder / code).exists():  # where diffusers looks for classes before its own
+            raise ValueError(f"it has {code}, which asks for code to be run: that is never done")
     if "scheduler" not in given:
         where = _component_folder(folder, "scheduler")
         check_scheduler(index["scheduler"][1], read_json(where / "scheduler_config.json"))
@@ -186,7 +189,7 @@ def check_index(index: Mapping[str, Any], given: Collection[str]) -> None:
                 f"its {INDEX} has {reprlib.repr(key)}: a DDPM pipeline is a unet and a scheduler, "
                 "this is another"
             )
-    if not str(index.get("_class_name")).isidentifier():
+    if not (isinstance(name := index.get("_class_name"), str) and name.isidentifier()):
         raise ValueError(f"its {INDEX} must have the name of a class as _class_name")
     for component in ("unet", "scheduler"):
         if component in index or component not in given:
@@ -310,8 +313,8 @@ def _refuse_shards(where: Path, word: str | None) -> None:
 def _shards(index: Path) -> list[Path]:
     """The files that the weights are spread over, all of them beside their index."""
     value = read_json(index)
-    names = value.get("weight_map")
-    names = sorted(set(names.values()), key=str) if isinstance(names, dict) else []
+    shards = value.get("weight_map")
+    names = list(shards.values()) if isinstance(shards, dict) else []
     for name in names:
         if not (isinstance(name, str) and Path(name).name == name and "\\" not in name):
             raise ValueError(f"its {index.name} names {reprlib.repr(name)}, outside its folder")
@@ -319,7 +322,7 @@ def _shards(index: Path) -> list[Path]:
             raise ValueError(f"its {index.name} names {name!r}, which is not there")
     if not names or not isinstance(value.get("metadata"), dict):
         raise ValueError(f"its {index.name} must have a metadata and a weight_map")
-    return [index.parent / name for name in names]
+    return [index.parent / name for name in sorted(set(names))]
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
