@@ -1,6 +1,5 @@
 """What the Hub answers, through its own client, as one line that says what to do."""
 
-import re
 import traceback
 
 import httpx2
@@ -158,7 +157,7 @@ def test_offline(hub, monkeypatch):
 @pytest.mark.parametrize("name", ["a/b/c", "-a", "a..b", "näme", "a" * 1000])
 def test_a_name_that_cannot_be(hub, name):
     line = str(told(lambda: model_info(name), name))
-    assert re.search("no name of a repo is like this.*A local folder must exist", line)
+    assert "no name of a repo is like this. " in line
 
 
 def test_a_server_without_xet():

@@ -82,7 +82,7 @@ def test_pushes_after_the_first(hub_server, saved, tmp_path):
     """Private, no commit for nothing, no old weights, a person's card, branches, tags, requests."""
     hub_server.add("org/old", {"unet/weights.bin": b"x", "README.md": b"words of a person"})
     said = push(
-        hub,
+        hub_server,
         tmp_path,
         """
         a = push_to_hub(folder, "org/name", private=True, tag="v1", license="mit")
@@ -91,8 +91,8 @@ def test_pushes_after_the_first(hub_server, saved, tmp_path):
         push_to_hub(folder, "org/old", message="new weights")
         push_to_hub(folder, "org/old", revision="next")
         push_to_hub(folder, "name-of-mine", private=False)
-        print(push_to_hub(folder, "org/old", create_pr=True).url)
         (folder / "README.md").write_text("---\\nlicense: mit\\n---\\nmine")
+        print(push_to_hub(folder, "org/old", create_pr=True).url)
         push_to_hub(folder, "org/old")
         push_to_hub(folder, "org/name", tag="v1", move_tag=True)
         """,
@@ -122,7 +122,7 @@ def test_what_a_person_can_get_wrong_is_a_line_each_and_nothing_is_pushed(
     tagged.tags["v1"] = tagged.branches["main"]
     before = {key: repo.branches["main"] for key, repo in hub_server.repos.items()}
     said = push(
-        hub,
+        hub_server,
         tmp_path,
         """
         told(push_to_hub, folder, "org/open", private=True)
@@ -165,7 +165,7 @@ def test_a_connection_that_is_cut_leaves_the_repository_as_it_was(hub_server, sa
     old = hub_server.add("org/name", {"README.md": b"old"}).branches["main"]
     hub_server.cut("POST", r"/commit/", after=100, times=1)
     said = push(
-        hub,
+        hub_server,
         tmp_path,
         """
         told(push_to_hub, folder, "org/name")

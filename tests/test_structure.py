@@ -31,6 +31,7 @@ ORDER = [
     "data",
     "streaming",
     "losses",
+    "loading",
     "pipeline",
     "optimization",
     "sampling",

@@ -24,7 +24,12 @@ MAX_QUOTED = 300  # characters of a text of the server or a name in our line
 
 @contextmanager
 def explained_hub(
-    repo: str, action: str = "load", *, repo_type: str = "model", token: str | bool | None = None
+    repo: str,
+    action: str = "load",
+    *,
+    repo_type: str = "model",
+    token: str | bool | None = None,
+    or_folder: bool = False,
 ) -> Iterator[None]:
     """Turn what the Hub's client raises inside the block into one line; the rest passes.
 
@@ -35,6 +40,7 @@ def explained_hub(
         action: What was being done, before the name: "load", "push to".
         repo_type: model, dataset or space.
         token: The token that was passed, if one was; else the one that is logged in counts.
+        or_folder: The name could have been a folder's too; say that there is none.
 
     Raises:
         InputError: no such repo, revision or file, no or no sufficient token, a name that cannot
@@ -48,10 +54,17 @@ def explained_hub(
         problem = _problem(error, repo, repo_type, token)
         if problem is None:
             raise
-        line = scrubbed(f"cannot {action} {repo[:MAX_QUOTED]!r}: {problem}", token)
+        folder = "there is no such folder, and " if or_folder else ""
+        line = scrubbed(f"cannot {action} {repo[:MAX_QUOTED]!r}: {folder}{problem}", token)
         # A traceback shows the cause too, and a server may repeat what it was sent.
         shown = error if all(scrubbed(str(e), token) == str(e) for e in _chain(error)) else None
         raise InputError(line) from shown
+
+
+def one_line(text: object) -> str:
+    """What another says, an error or a text, in one line of bounded length."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= MAX_QUOTED else text[:MAX_QUOTED] + "..."
 
 
 def scrubbed(text: str, token: str | bool | None = None) -> str:
@@ -126,7 +139,7 @@ def _problem(error: Exception, repo: str, repo_type: str, token: str | bool | No
     if any(isinstance(e, ConnectionError) and "xet-write-token" in str(e) for e in chain):
         return f"{endpoint()} has no Xet: set HF_HUB_DISABLE_XET=1"
     if invalid := found(errors.HFValidationError):
-        return f"no name of a repo is like this. {_quoted(invalid)} A local folder must exist"
+        return f"no name of a repo is like this. {one_line(invalid)}"
     if found(errors.LocalTokenNotFoundError):
         return f"that needs a token: {LOG_IN}"
     if found(errors.OfflineModeIsEnabled):
@@ -157,7 +170,7 @@ def _explain_answer(error: Exception, repo: str, repo_type: str, token: str | bo
     from huggingface_hub import errors
 
     said = error.response.headers.get("X-Error-Message") or error.server_message or ""
-    said = f" ({_quoted(said)})" if said else ""
+    said = f" ({one_line(said)})" if said else ""
     page = f"{endpoint()}/{'' if repo_type == 'model' else repo_type + 's/'}{repo}"
     has_token = token is not False and bool(token or _stored_tokens())
     status = error.response.status_code
@@ -215,9 +228,3 @@ def _other_type(repo: str, repo_type: str, token: str | bool | None) -> str | No
 def _path_in_repo(error: Exception) -> str:
     """The file that was asked for: what follows /resolve/<revision>/ in the address."""
     return re.sub(r".*/resolve/[^/]*/", "", error.response.url.path)[:MAX_QUOTED]
-
-
-def _quoted(text: object) -> str:
-    """A text of another's in one line of bounded length."""
-    text = " ".join(str(text).split())
-    return text if len(text) <= MAX_QUOTED else text[:MAX_QUOTED] + "..."

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import diffusers
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from .errors import InputError
 from .functional import mix_seed
 from .hub import files_to_push, push_to_hub
+from .loading import prepare, told_in_one_line
 from .scheduler import DDPMScheduler
 from .uploads import freeze
 
@@ -63,6 +64,29 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         if isinstance(scheduler, DDPMScheduler):
             _ = scheduler.extras  # refuses what a newer version wrote
         super().__init__(unet=unet, scheduler=scheduler)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load a pipeline from a folder or the Hub, after a check of all that it consists of.
+
+        The weights are safetensors where there are any; a repo that has only a .bin loads with a
+        warning, tensors only. No code of a repo is run.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a name on the Hub.
+            kwargs: As in diffusers: revision, token, cache_dir, local_files_only, force_download,
+                variant, dtype, use_safetensors; unet or scheduler to take in place of the saved.
+
+        Raises:
+            InputError: it is not there or may not be read, it is damaged or not a DDPM pipeline, or
+                it asks for code or for more memory than its files hold.
+        """
+        name = str(pretrained_model_name_or_path)
+        with told_in_one_line(name, kwargs.get("token")):
+            folder, options = prepare(cls, name, kwargs)
+            pipe = super().from_pretrained(str(folder), **options)
+        pipe.register_to_config(_name_or_path=name)
+        return pipe
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -36,12 +36,7 @@ def load_pipeline(repo_or_folder: str, scheduler: str | None = None) -> DDPMPipe
     """
     if scheduler is not None:
         check_choice("scheduler", scheduler, SCHEDULERS)
-    try:
-        pipe = DDPMPipeline.from_pretrained(repo_or_folder, use_safetensors=True)
-    except (OSError, ValueError) as error:  # both are raised for what cannot be found
-        raise InputError(
-            f"cannot load a pipeline from {repo_or_folder!r}: {' '.join(str(error).split())}"
-        ) from error
+    pipe = DDPMPipeline.from_pretrained(repo_or_folder)
     if scheduler == "ddpm" and not isinstance(pipe.scheduler, DDPMScheduler):
         pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     elif scheduler not in (None, "ddpm"):

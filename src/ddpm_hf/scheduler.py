@@ -34,6 +34,21 @@ Timestep = int | Tensor
 """One timestep for the whole batch, or one per image: (B,) integers."""
 
 
+def check_extras(extras: object) -> None:
+    """Raise ValueError for a `_ddpm_hf` that is newer than this version, or not of this package."""
+    number = extras.get("format", FORMAT) if isinstance(extras, dict) else None
+    if not isinstance(number, int):
+        raise ValueError(f"_ddpm_hf must be an object with a format number; got {extras!r:.100}")
+    if number > FORMAT:
+        raise ValueError(
+            f"this scheduler was saved by a newer ddpm_hf (format {number}, this one reads up to "
+            f"{FORMAT}): pip install --upgrade ddpm_hf"
+        )
+    names = extras.get("class_names", [])
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"class_names in _ddpm_hf must be a list of names; got {names!r:.100}")
+
+
 class ReverseStep(NamedTuple):
     """p_theta(x_s | x_t), and the network's guess of the clean image that it was built from."""
 
@@ -105,14 +120,10 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         """The private part of the configuration, `_ddpm_hf`; empty where stock wrote it.
 
         Raises:
-            ValueError: it was written in a format newer than this version knows.
+            ValueError: it was written in a format newer than this version knows, or not by us.
         """
         extras = self.config.get("_ddpm_hf", {})
-        if extras.get("format", FORMAT) > FORMAT:
-            raise ValueError(
-                f"this scheduler was saved by a newer ddpm_hf (format {extras['format']}, this one "
-                f"reads up to {FORMAT}): pip install --upgrade ddpm_hf"
-            )
+        check_extras(extras)
         return extras
 
     # Forward process q
