@@ -1,0 +1,149 @@
+"""Starting from another model: its settings, its weights, and what does not fit."""
+
+import json
+import textwrap
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddpm_hf import DDPMPipeline, TrainingConfig, build_scheduler, train
+from ddpm_hf.config import parse_config
+from ddpm_hf.errors import InputError
+from ddpm_hf.origin import read_origin
+
+from .hub_server import run_client
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def trained(quick_settings, tmp_path):
+    """A run of two steps, with settings that its successors should have."""
+    folder = tmp_path / "first"
+    settings = quick_settings | dict(max_train_steps=2, snr_gamma=3.0, output_dir=str(folder))
+    train(TrainingConfig(**settings))
+    return folder
+
+
+def test_a_run_hands_on_its_recipe_its_network_and_its_process(trained):
+    config = parse_config(["--from", str(trained), "--seed", "7"])
+    assert config.init_from == config.model_config_name_or_path == str(trained)
+    assert (config.snr_gamma, config.seed, config.resolution) == (3.0, 7, "8")
+    assert (config.dataset_name, config.split) == ("embedded", "test[:48]")
+    assert config.run_dir.name == "from-first"
+    # What belongs to the machine, or is measured on it, is not handed on.
+    assert (config.output_dir, config.cpu_threads, config.compile) == (None, "auto", "auto")
+
+
+def test_a_recipe_of_ones_own_and_other_images_win_but_the_network_stays(trained, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("snr_gamma: 1.0\nprediction_type: epsilon\ndataset_name: other/set\n")
+    argv = ["--from", str(trained), "--recipe", str(recipe), "--train_data_dir", "images"]
+    config = parse_config(argv)
+    assert (config.snr_gamma, config.prediction_type) == (1.0, "v_prediction")
+    assert (config.train_data_dir, config.dataset_name) == ("images", None)
+    assert config.resolution == "8"
+
+
+def test_training_begins_with_its_weights(trained, tmp_path):
+    config = TrainingConfig.from_recipe(
+        "default", init_from=trained, learning_rate=0, output_dir=tmp_path / "second",
+        mixed_precision="no", memory_format="contiguous", compile="no", logger="none",
+        dataset_name="embedded",
+    )  # fmt: skip
+    assert config.run_dir.name == "second"
+    made = train(config).output_dir
+    before, after = load_file(trained / WEIGHTS), load_file(made / WEIGHTS)
+    # The average of equal weights: equal but for its rounding, in float32.
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-7)
+    assert json.loads((made / "config.json").read_text())["init_from"] == str(trained)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prediction_type", "epsilon"], "was trained with another process: it predicts 'v_pred"),
+        (["--ddpm_num_steps", "500"], "was trained with another process"),
+        (["--class_conditional"], "do not fit this network, in 'class_embedding.weight'"),
+        (["--image_mode", "RGB"], "do not fit this network, in 'conv_in.weight'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(trained, tmp_path, flags, message):
+    out = tmp_path / "second"
+    pinned = ["--mixed_precision", "no", "--memory_format", "contiguous", "--compile", "no"]
+    config = parse_config(["--from", str(trained), "--output_dir", str(out), *pinned, *flags])
+    with pytest.raises(InputError, match=message):
+        train(config)
+    assert not out.exists()
+
+
+def test_a_pipeline_without_a_recipe_decides_network_and_process(tiny_unet, tmp_path):
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=500, variance_type="fixed_large_log")
+    diffusers.DDPMPipeline(tiny_unet, scheduler).save_pretrained(tmp_path)
+    assert read_origin(str(tmp_path)) == {
+        "model_config_name_or_path": str(tmp_path),
+        "resolution": "8",
+        "image_mode": "L",
+        "class_conditional": False,
+        "ddpm_num_steps": 500,
+        "ddpm_beta_schedule": "linear",
+        "prediction_type": "epsilon",
+        "variance_type": "fixed_large",
+    }
+
+
+def test_words_on_disk_and_ours(tiny_unet, tmp_path):
+    DDPMPipeline(tiny_unet, build_scheduler(ddpm_beta_schedule="laplace")).save_pretrained(tmp_path)
+    assert read_origin(str(tmp_path))["ddpm_beta_schedule"] == "laplace"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(variance_type="learned"), "variance 'learned', which training has no word for"),
+        (dict(trained_betas=[0.1, 0.2]), "table of betas, which training has no word for"),
+    ],
+)
+def test_a_process_without_a_word_is_refused(tiny_unet, tmp_path, change, message):
+    diffusers.DDPMPipeline(tiny_unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=message):
+        read_origin(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "holds no pipeline"), ("{", "cannot read unet/config.json"), ("3", "JSON object")],
+)
+def test_a_folder_that_is_no_pipeline(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "unet").mkdir()
+        (tmp_path / "unet" / "config.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_origin(str(tmp_path))
+
+
+def test_a_model_of_the_hub(hub_server, tmp_path):
+    hub_server.add(
+        "google/ddpm",
+        {
+            "unet/config.json": b'{"sample_size": [28, 32], "in_channels": 3}',
+            "scheduler/scheduler_config.json": b'{"beta_schedule": "linear"}',
+        },
+    )
+    script = """
+        from ddpm_hf.errors import InputError
+        from ddpm_hf.origin import read_origin
+        print(read_origin("google/ddpm")["resolution"])
+        try:
+            read_origin("google/none")
+        except InputError as error:
+            print(error)
+        """
+    size, error = run_client(hub_server, tmp_path, textwrap.dedent(script)).splitlines()
+    assert size == "28x32"
+    assert error.startswith("cannot start from 'google/none'")
