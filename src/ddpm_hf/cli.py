@@ -1,4 +1,4 @@
-"""`ddpm-hf train | sample | ema`: each verb a few lines over the Python call.
+"""`ddpm-hf train | sample | ema | convert`: each verb a few lines over the Python call.
 
 Exit codes: 0 done; 1 training failed, and 2 input that its user can mend, said in one line; 75
 stopped by a signal with the state saved.
@@ -93,6 +93,46 @@ def ema_command(argv: list[str]) -> None:
         print(f"Warning: they meet this length to {made.error:.0%} only; store more of them")
 
 
+CONVERT_FLAGS = (
+    ("family", str, "improved-diffusion, guided-diffusion, pesser or pytorch-ddpm (default: shown "
+     "by the weights' names)."),
+    ("weights", str, "ema or model, of a file that has both (default: ema)."),
+    ("resolution", int, "Side of the images."),
+    ("num_heads", int, "Attention heads at every level (OpenAI; default: 4)."),
+    ("num_head_channels", int, "Or the channels of one head (guided-diffusion)."),
+    ("ddpm_num_steps", int, "T (default: 1000)."),
+    ("ddpm_beta_schedule", str, "linear or cosine (OpenAI; default: linear)."),
+    ("beta_start", float, "Start of the linear schedule (not OpenAI; default: 1e-4)."),
+    ("beta_end", float, "Its end (default: 0.02)."),
+    ("prediction_type", str, "epsilon, sample or v_prediction (default: epsilon)."),
+    ("variance_type", str, "fixed_small or fixed_large (default: as the family publishes it)."),
+)  # fmt: skip
+
+
+def convert_command(argv: list[str]) -> None:
+    """Make a pipeline from a checkpoint of another trainer."""
+    parser = _Parser("ddpm-hf convert", description=convert_command.__doc__)
+    add = parser.add_argument
+    add("file", metavar="FILE", help=".pt, .ckpt or .safetensors; no code in it is run.")
+    add("output", metavar="OUT", help="Folder of the new pipeline.")
+    for name, kind, text in CONVERT_FLAGS:
+        add(f"--{name}", type=kind, help=text)
+    add("--new_attention_order", action="store_true", default=None, help="guided-diffusion's flag.")
+    add(
+        "--rescale_timesteps",
+        action=argparse.BooleanOptionalAction,
+        help="OpenAI's flag (default: yes for improved-diffusion, no for guided-diffusion).",
+    )
+    args = parser.parse_args(argv)
+    from .convert import convert
+
+    made = convert(**vars(args))
+    which = f", its {made.weights} weights" if made.weights else ""
+    print(f"Wrote {made.folder}: {made.family}{which}, {made.parameters:,} parameters")
+    assumed = ", ".join(f"{name} {value}" for name, value in made.assumed.items())
+    print(f"Not given, so as the weights show or {made.family} publishes it: {assumed}")
+
+
 class _Parser(argparse.ArgumentParser):
     """Errors are InputError, one line; no abbreviated flags."""
 
@@ -103,7 +143,12 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-VERBS = {"train": train_command, "sample": sample_command, "ema": ema_command}
+VERBS = {
+    "train": train_command,
+    "sample": sample_command,
+    "ema": ema_command,
+    "convert": convert_command,
+}
 
 
 def share_cores() -> None:
