@@ -314,7 +314,7 @@ def lucidrains_checkpoint() -> dict:
     names = (
         "init_conv.weight", "time_mlp.1.weight", "downs.0.0.mlp.1.weight",
         "downs.0.0.block1.proj.weight", "downs.0.0.block1.norm.g", "downs.0.2.mem_kv",
-        "downs.0.2.to_qkv.weight", "mid_block1.block1.proj.weight",
+        "downs.0.2.to_out.1.g", "mid_block1.block1.proj.weight",
         "final_res_block.block1.proj.weight", "final_conv.weight",
     )  # fmt: skip
     model = {f"model.{name}": torch.ones(2) for name in names}

@@ -1,8 +1,8 @@
 """lucidrains/denoising-diffusion-pytorch: recognised, and refused with the reason.
 
-In every version its residual blocks are convolution, norm, activation, where UNet2DModel's are
-norm, activation, convolution, and no choice of weights makes one the other. Most have a first
-convolution of 7x7, linear attention and a GELU in the time embedding besides.
+In every version a residual block adds activation(norm(convolution)) to its input, and UNet2DModel's
+adds a convolution: no choice of weights makes one the other. Most have a first convolution of 7x7,
+linear attention and a GELU in the time embedding besides.
 """
 
 import re
@@ -16,9 +16,10 @@ from .layout import Network
 BLOCK = re.compile(r"(.+\.)?downs\.0\.0\.(block1|mlp)\..+")
 # What a name shows, and how it is said; a UNet2DModel has none of them.
 SIGNS = {
-    r".*\.block1\..+": "convolutions before their norms",
-    r".*\binit_conv\.weight": "a first convolution of its own width",
-    r".*\bdowns\.0\.2\..*to_qkv\.weight": "attention without biases, linear at full resolution",
+    r".*\.block1\..+": "blocks that start with a convolution",
+    r".*\.norm\.g": "norms over channels alone",
+    r".*\binit_conv\.weight": "a 7x7 first convolution",
+    r".*\.to_out\.1\.g": "linear attention",
     r".*\.mem_kv": "memory keys and values",
     r".*\bfinal_res_block\..+": "a skip around the whole network",
 }
