@@ -6,7 +6,7 @@ process, is a setting with the family's published default.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 from ..errors import InputError, check_choice
 from ..pipeline import DDPMPipeline
@@ -44,31 +44,10 @@ class Converted(NamedTuple):
     assumed: dict
 
 
-def convert(
-    file: str | Path,
-    output: str | Path,
-    *,
-    family: str | None = None,
-    weights: str | None = None,
-    resolution: int | None = None,
-    num_heads: int | None = None,
-    num_head_channels: int | None = None,
-    new_attention_order: bool | None = None,
-    rescale_timesteps: bool | None = None,
-    ddpm_num_steps: int | None = None,
-    ddpm_beta_schedule: str | None = None,
-    beta_start: float | None = None,
-    beta_end: float | None = None,
-    prediction_type: str | None = None,
-    variance_type: str | None = None,
-) -> Converted:
-    """Write the pipeline of a foreign checkpoint; plain diffusers opens it.
+class Settings(TypedDict, total=False):
+    """What weights do not say; what is left out or None is as the family publishes it.
 
-    Args:
-        file: A state dict or training checkpoint, .pt, .ckpt or .safetensors. No code in it is run.
-        output: Folder of the new pipeline.
-        family: A key of FAMILIES; by default what the names of the weights show.
-        weights: `ema` or `model`, of a file that has both (default: the averaged ones).
+    Attributes:
         resolution: Side of the images.
         num_heads: Attention heads at every level (OpenAI).
         num_head_channels: Or the channels of one head (guided-diffusion).
@@ -79,28 +58,46 @@ def convert(
         beta_start, beta_end: Ends of the linear schedule (the others).
         prediction_type: `epsilon`, `sample` or `v_prediction`.
         variance_type: `fixed_small` or `fixed_large`; a learned one shows in the weights.
+    """
+
+    resolution: int | None
+    num_heads: int | None
+    num_head_channels: int | None
+    new_attention_order: bool | None
+    rescale_timesteps: bool | None
+    ddpm_num_steps: int | None
+    ddpm_beta_schedule: str | None
+    beta_start: float | None
+    beta_end: float | None
+    prediction_type: str | None
+    variance_type: str | None
+
+
+def convert(
+    file: str | Path,
+    output: str | Path,
+    *,
+    family: str | None = None,
+    weights: str | None = None,
+    **settings: Unpack[Settings],
+) -> Converted:
+    """Write the pipeline of a foreign checkpoint; plain diffusers opens it.
+
+    Args:
+        file: A state dict or training checkpoint, .pt, .ckpt or .safetensors. No code in it is run.
+        output: Folder of the new pipeline.
+        family: A key of FAMILIES; by default what the names of the weights show.
+        weights: `ema` or `model`, of a file that has both (default: the averaged ones).
+        settings: See `Settings`.
 
     Raises:
-        InputError: a file that is no checkpoint or could run code, weights of an unknown family,
+        InputError: a file that is no checkpoint or could run code, weights of an unknown family or
             that UNet2DModel cannot hold, or a setting that does not fit.
     """
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"{output} exists already: name another or an empty folder")
-    given = dict(
-        resolution=resolution,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        new_attention_order=new_attention_order,
-        rescale_timesteps=rescale_timesteps,
-        ddpm_num_steps=ddpm_num_steps,
-        ddpm_beta_schedule=ddpm_beta_schedule,
-        beta_start=beta_start,
-        beta_end=beta_end,
-        prediction_type=prediction_type,
-        variance_type=variance_type,
-    )
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in settings.items() if value is not None}
     checkpoint = read_checkpoint(file, weights)
     network = _read(checkpoint.weights, given, family, file)
     pipe = _pipeline(network)

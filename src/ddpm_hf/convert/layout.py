@@ -78,13 +78,8 @@ def unet_arguments(
     Raises:
         InputError: it is no denoiser of images, or UNet2DModel cannot hold it.
     """
-    width, channels = conv_in.shape[:2]
-    if channels not in (1, 3) or conv_out.shape[0] not in (channels, 2 * channels):
-        raise InputError(
-            f"the network takes {channels} channels and gives {conv_out.shape[0]}: a denoiser of "
-            "grey or RGB images takes 1 or 3 and gives as many, or twice that with a learned "
-            "variance; one that takes 6 is an upsampler, and those are not converted"
-        )
+    _check_ends(conv_in, conv_out)
+    width = conv_in.shape[0]
     if not width == time_width == levels.widths[0]:
         raise InputError(
             f"the first convolution makes {width} channels, the first level {levels.widths[0]}, and"
@@ -101,7 +96,7 @@ def unet_arguments(
     )
     return dict(
         sample_size=resolution,
-        in_channels=channels,
+        in_channels=conv_in.shape[1],
         out_channels=conv_out.shape[0],
         layers_per_block=levels.layers,
         block_out_channels=levels.widths,
@@ -111,6 +106,17 @@ def unet_arguments(
         upsample_type=resample,
         **family,
     )
+
+
+def _check_ends(conv_in: Tensor, conv_out: Tensor) -> None:
+    """Raise InputError unless the network takes images and gives as much, or a variance too."""
+    channels, out = conv_in.shape[1], conv_out.shape[0]
+    if channels not in (1, 3) or out not in (channels, 2 * channels):
+        raise InputError(
+            f"the network takes {channels} channels and gives {out}: a denoiser of grey or RGB "
+            "images takes 1 or 3 and gives as many, or twice that with a learned variance; one "
+            "that takes 6 is an upsampler, and those are not converted"
+        )
 
 
 def default_variance(conv_in: Tensor, conv_out: Tensor, fixed: str) -> str:
@@ -136,6 +142,8 @@ def process_arguments(
     variances = ("learned_range",) if learned else ("fixed_small", "fixed_large")
     check_choice("variance_type", settings["variance_type"], variances)
     check_choice("prediction_type", settings["prediction_type"], PREDICTION_TYPES)
+    if settings["ddpm_num_steps"] < 2:
+        raise InputError(f"ddpm_num_steps must be at least 2; got {settings['ddpm_num_steps']}")
     if not 0 < betas[0] <= betas[1] < 1:
         raise InputError(f"0 < beta_start <= beta_end < 1 must hold; got {betas[0]} and {betas[1]}")
     return dict(
