@@ -99,6 +99,11 @@ def tiny_images(tmp_path) -> Path:
 @pytest.fixture
 def quick_settings(tmp_path) -> dict:
     """Settings of a run of seconds: a small network, few steps, one grid of four images."""
+    return quick_settings_in(tmp_path)
+
+
+def quick_settings_in(folder: Path) -> dict:
+    """Those settings, for a run in a folder."""
     return dict(
         dataset_name="embedded",
         preset="fashion-quick",
@@ -119,5 +124,5 @@ def quick_settings(tmp_path) -> dict:
         eval_batch_size=4,
         ddpm_num_inference_steps=2,
         logger="none",
-        output_dir=str(tmp_path / "run"),
+        output_dir=str(folder / "run"),
     )

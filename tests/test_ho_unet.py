@@ -94,10 +94,17 @@ class Level(nn.Module):
 class HoUNet(nn.Module):
     """Every output on the way down, conv_in's and the downsamplings' too, is a skip connection."""
 
-    def __init__(self, ch: int, multipliers: tuple, side: int, dropout: float):
+    def __init__(
+        self,
+        ch: int,
+        multipliers: tuple,
+        side: int,
+        dropout: float,
+        attention_sides: tuple = (ATTENTION_SIDE,),
+    ):
         super().__init__()
         self.ch, widths = ch, [ch * m for m in multipliers]
-        attend = [side >> i == ATTENTION_SIDE for i in range(len(widths))]
+        attend = [side >> i in attention_sides for i in range(len(widths))]
         shared = dict(temb_width=4 * ch, dropout=dropout)
         self.dense0, self.dense1 = nn.Linear(ch, 4 * ch), nn.Linear(4 * ch, 4 * ch)
         self.conv_in, skips, last = conv(3, ch), [ch], widths[-1]

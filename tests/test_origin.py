@@ -13,17 +13,21 @@ from ddpm_hf.config import parse_config
 from ddpm_hf.errors import InputError
 from ddpm_hf.origin import read_origin
 
+from .conftest import quick_settings_in
 from .hub_server import run_client
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture
-def trained(quick_settings, tmp_path):
+PINNED = dict(cpu_threads=1, mixed_precision="no", memory_format="contiguous", compile="no")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
     """A run of two steps, with settings that its successors should have."""
-    folder = tmp_path / "first"
-    settings = quick_settings | dict(max_train_steps=2, snr_gamma=3.0, output_dir=str(folder))
-    train(TrainingConfig(**settings))
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    settings = quick_settings_in(folder.parent) | dict(max_train_steps=2, snr_gamma=3.0)
+    train(TrainingConfig(**settings | dict(output_dir=str(folder))))
     return folder
 
 
@@ -50,8 +54,7 @@ def test_a_recipe_of_ones_own_and_other_images_win_but_the_network_stays(trained
 def test_training_begins_with_its_weights(trained, tmp_path):
     config = TrainingConfig.from_recipe(
         "default", init_from=trained, learning_rate=0, output_dir=tmp_path / "second",
-        mixed_precision="no", memory_format="contiguous", compile="no", logger="none",
-        dataset_name="embedded",
+        logger="none", dataset_name="embedded", **PINNED,
     )  # fmt: skip
     assert config.run_dir.name == "second"
     made = train(config).output_dir
@@ -73,7 +76,7 @@ def test_training_begins_with_its_weights(trained, tmp_path):
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(trained, tmp_path, flags, message):
     out = tmp_path / "second"
-    pinned = ["--mixed_precision", "no", "--memory_format", "contiguous", "--compile", "no"]
+    pinned = [f"--{name}={value}" for name, value in PINNED.items()]
     config = parse_config(["--from", str(trained), "--output_dir", str(out), *pinned, *flags])
     with pytest.raises(InputError, match=message):
         train(config)

@@ -47,6 +47,15 @@ def test_the_averaging_command_is_accepted(tmp_path, monkeypatch, capsys):
     assert "out/default holds no snapshots" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command", [line for line in COMMANDS if line.startswith("ddpm-hf convert")]
+)
+def test_the_converting_commands_are_accepted(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command, comments=True)[1:]) == 2
+    assert "is not a file; name a checkpoint" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("code", [block for language, block in BLOCKS if language == "python"])
 def test_python_blocks_compile_and_import_what_exists(code):
     tree = ast.parse(code)

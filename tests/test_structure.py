@@ -36,6 +36,13 @@ ORDER = [
     "optimization",
     "sampling",
     "ema",
+    "convert.reading",
+    "convert.layout",
+    "convert.openai",
+    "convert.pesser",
+    "convert.pytorch_ddpm",
+    "convert.lucidrains",
+    "convert",
     "devices",
     "stopping",
     "logbook",
@@ -50,13 +57,21 @@ ORDER = [
 MATHS = ORDER[: ORDER.index("ema") + 1]
 
 
+def path_of(name):
+    """The file of a module; a package's is its __init__."""
+    path = PACKAGE / name.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
 def imports(name):
     """(modules of ours, other packages) imported anywhere in a module, functions included."""
     ours, others = set(), set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+    folder = path_of(name).parent.relative_to(PACKAGE).parts
+    for node in ast.walk(ast.parse(path_of(name).read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            names = {alias.name for alias in node.names} - {"__version__"}
-            ours |= {node.module} if node.module else names
+            above = folder[: len(folder) - node.level + 1]
+            names = [alias.name for alias in node.names if alias.name != "__version__"]
+            ours |= {".".join([*above, name]) for name in ([node.module] if node.module else names)}
         elif isinstance(node, ast.ImportFrom):
             others.add(node.module.split(".")[0])
         elif isinstance(node, ast.Import):
@@ -65,7 +80,7 @@ def imports(name):
 
 
 def test_every_module_has_its_place():
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(ORDER)
+    assert {PACKAGE / "__init__.py", *map(path_of, ORDER)} == set(PACKAGE.rglob("*.py"))
 
 
 @pytest.mark.parametrize("name", ORDER)

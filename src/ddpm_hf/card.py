@@ -80,7 +80,7 @@ def render_card(folder: Path, repo: str | None = None, *, license: str | None = 
         raise InputError(f"{folder} holds no pipeline: it has no unet or no scheduler")
     settings = read_config(folder / CONFIG)
     record, results = read_record(folder), read_results(folder)
-    repo = repo or folder.resolve().name
+    repo, extras = repo or folder.resolve().name, process.get("_ddpm_hf", {})
     settings = settings if settings and "dataset_name" in settings else None
     data = dataset_of(settings or {})
     size = unet["sample_size"]
@@ -105,9 +105,10 @@ def render_card(folder: Path, repo: str | None = None, *, license: str | None = 
         size=f"{size}x{size}" if isinstance(size, int) else "x".join(map(str, size)),
         channels=unet["in_channels"],
         conditional=unet.get("num_class_embeds") is not None,
-        class_names=process.get("_ddpm_hf", {}).get("class_names", []),
+        class_names=extras.get("class_names", []),
+        null_class=extras.get("null_class", True),
         process=process,
-        schedule=schedule_name(process),
+        schedule=schedule_name(process, extras),
         timesteps=process["num_train_timesteps"],
         settings=settings,
         base_model=base_model(settings or {}),
@@ -160,10 +161,10 @@ def base_model(settings: dict[str, Any]) -> str | None:
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
 
 
-def schedule_name(process: dict[str, Any]) -> str:
+def schedule_name(process: dict[str, Any], extras: dict[str, Any]) -> str:
     """The noise schedule in our words."""
     if process.get("trained_betas") is not None:
-        return process.get("_ddpm_hf", {}).get("beta_schedule", "given as a table")
+        return extras.get("beta_schedule", "given as a table")
     word = process.get("beta_schedule", "linear")
     return "cosine" if word == "squaredcos_cap_v2" else word
 

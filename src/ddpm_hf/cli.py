@@ -1,4 +1,4 @@
-"""`ddpm-hf train | sample | ema | push`: each verb a few lines over the Python call.
+"""`ddpm-hf train | sample | ema | push | convert`: each verb a few lines over the Python call.
 
 With `--json` standard output is one JSON object, the call's result or `{"error": ...}`, and all
 else goes to standard error. Exit codes: 0 done; 1 training failed, and 2 input that its user can
@@ -124,6 +124,47 @@ def push_command(argv: list[str]) -> Any:
     return pushed
 
 
+CONVERT_FLAGS = (
+    ("family", str, "improved-diffusion, guided-diffusion, pesser or pytorch-ddpm (default: shown "
+     "by the weights' names)."),
+    ("weights", str, "ema or model, of a file that has both (default: ema)."),
+    ("resolution", int, "Side of the images."),
+    ("num_heads", int, "Attention heads at every level (OpenAI; default: 4)."),
+    ("num_head_channels", int, "Or the channels of one head (guided-diffusion)."),
+    ("ddpm_num_steps", int, "T (default: 1000)."),
+    ("ddpm_beta_schedule", str, "linear or cosine (OpenAI; default: linear)."),
+    ("beta_start", float, "Start of the linear schedule (not OpenAI; default: 1e-4)."),
+    ("beta_end", float, "Its end (default: 0.02)."),
+    ("prediction_type", str, "epsilon, sample or v_prediction (default: epsilon)."),
+    ("variance_type", str, "fixed_small or fixed_large (default: as the family publishes it)."),
+)  # fmt: skip
+
+
+def convert_command(argv: list[str]) -> Any:
+    """Make a pipeline from a checkpoint of another trainer."""
+    parser = _Parser("ddpm-hf convert", description=convert_command.__doc__)
+    add = parser.add_argument
+    add("file", metavar="FILE", help=".pt, .ckpt or .safetensors; no code in it is run.")
+    add("output", metavar="OUT", help="Folder of the new pipeline.")
+    for name, kind, text in CONVERT_FLAGS:
+        add(f"--{name}", type=kind, help=text)
+    add("--new_attention_order", action="store_true", default=None, help="guided-diffusion's flag.")
+    add(
+        "--rescale_timesteps",
+        action=argparse.BooleanOptionalAction,
+        help="OpenAI's flag (default: yes for improved-diffusion, no for guided-diffusion).",
+    )
+    args = parser.parse_args(argv)
+    from .convert import convert
+
+    made = convert(**vars(args))
+    which = f", its {made.weights} weights" if made.weights else ""
+    print(f"Wrote {made.folder}: {made.family}{which}, {made.parameters:,} parameters")
+    assumed = ", ".join(f"{name} {value}" for name, value in made.assumed.items())
+    print(f"Not given, so as the weights show or {made.family} publishes it: {assumed}")
+    return made
+
+
 class _Parser(argparse.ArgumentParser):
     """Errors are InputError, one line; no abbreviated flags."""
 
@@ -139,6 +180,7 @@ VERBS = {
     "sample": sample_command,
     "ema": ema_command,
     "push": push_command,
+    "convert": convert_command,
 }
 
 

@@ -159,6 +159,15 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             )
         return pushed.url
 
+    @property
+    def num_classes(self) -> int:
+        """Classes of a class-conditional network, the null class not counted; else 0.
+
+        Networks of other trainers, as `convert` makes them, have no null class.
+        """
+        null = self.scheduler.config.get("_ddpm_hf", {}).get("null_class", True)
+        return (self.unet.config.num_class_embeds or int(null)) - int(null)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -293,17 +302,22 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         device: torch.device,
     ) -> Tensor | None:
         """Classes as numbers, (B,); None for an unconditional network. Raises InputError."""
-        num_classes = self.unet.config.num_class_embeds
-        if num_classes is None:
+        num_embeds = self.unet.config.num_class_embeds
+        if num_embeds is None:
             if class_labels is not None or guidance_scale != 1:
                 raise InputError(
                     "this network is unconditional: leave out class_labels and guidance_scale"
                 )
             return None
+        has_null = self.num_classes < num_embeds
+        if guidance_scale != 1 and not has_null:
+            raise InputError(
+                "this network was trained without a null class, which guidance needs: leave out "
+                f"guidance_scale; got {guidance_scale}"
+            )
         names = self.scheduler.config.get("_ddpm_hf", {}).get("class_names", [])
-        choices = f"0 to {num_classes - 1} (the last, the null class, is any class)" + (
-            f" or names like {names[0]!r}" if names else ""
-        )
+        null = " (the last, the null class, is any class)" if has_null else ""
+        choices = f"0 to {num_embeds - 1}{null}" + (f" or names like {names[0]!r}" if names else "")
         if class_labels is None:
             raise InputError(f"this network is class-conditional: pass class_labels, {choices}")
         if isinstance(class_labels, (Tensor, np.ndarray)):
@@ -317,7 +331,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             )
         numbers = [names.index(label) if label in names else label for label in class_labels]
         for number in numbers:
-            if not (isinstance(number, Integral) and 0 <= number < num_classes):
+            if not (isinstance(number, Integral) and 0 <= number < num_embeds):
                 raise InputError(f"class_labels must be {choices}; got {number!r}")
         return torch.tensor(numbers, device=device)
 
@@ -350,6 +364,12 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         if isinstance(self.scheduler, diffusers.PNDMScheduler) and num_inference_steps < 4:
             raise InputError(f"PNDM needs num_inference_steps >= 4; got {num_inference_steps}")
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        fractional = self.scheduler.timesteps.is_floating_point()
+        if fractional and self.unet.config.time_embedding_type == "learned":
+            raise InputError(
+                f"{type(self.scheduler).__name__} steps between timesteps, and this network knows "
+                "whole ones only: use DDPM, DDIM, DPM-Solver++, UniPC or PNDM"
+            )
         if (
             config.get("timestep_spacing") == "leading"
             and trained / 2 < num_inference_steps < trained

@@ -63,12 +63,11 @@ def sample_batches(
     Of a class-conditional network all images have the class that is named; without one image i has
     class i, modulo their number.
     """
-    classes = (pipe.unet.config.num_class_embeds or 0) - 1  # the last is the null class
     for first in range(0, num_images, batch_size):
         numbers = range(first, min(first + batch_size, num_images))
         labels = class_label
-        if labels is None and classes > 0:
-            labels = [number % classes for number in numbers]
+        if labels is None and pipe.num_classes:
+            labels = [number % pipe.num_classes for number in numbers]
         images = pipe(
             len(numbers),
             seeded_generators(seed, numbers),
