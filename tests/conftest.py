@@ -11,6 +11,8 @@ import torch
 from datasets import disable_progress_bars
 from PIL import Image
 
+from .hub_server import HubServer
+
 REPOSITORY = Path(__file__).parent.parent
 
 # The processes that the golden numbers are of, by file.
@@ -55,6 +57,13 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"reference data not found: {folder} (set DDPM_HF_SHARED)")
     return folder
+
+
+@pytest.fixture
+def hub_server():
+    """A Hub without repos; `run_client(hub_server, tmp_path, code)` runs its clients."""
+    with HubServer() as hub:
+        yield hub
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def explained_hub(
         problem = _problem(error, repo, repo_type, token)
         if problem is None:
             raise
-        folder = "there is no such folder, and " if or_folder else ""
+        folder = "there is no such folder, and " if or_folder and _is_absent(error) else ""
         line = scrubbed(f"cannot {action} {repo[:MAX_QUOTED]!r}: {folder}{problem}", token)
         # A traceback shows the cause too, and a server may repeat what it was sent.
         shown = error if all(scrubbed(str(e), token) == str(e) for e in _chain(error)) else None
@@ -120,6 +120,15 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _is_absent(error: BaseException) -> bool:
+    """Whether the Hub did not say that it has the repo."""
+    from huggingface_hub import errors
+
+    answer = next((e for e in _chain(error) if isinstance(e, errors.HfHubHTTPError)), None)
+    not_found = isinstance(answer, errors.RepositoryNotFoundError)
+    return answer is None or (not_found and not isinstance(answer, errors.GatedRepoError))
 
 
 def _problem(error: Exception, repo: str, repo_type: str, token: str | bool | None) -> str | None:
