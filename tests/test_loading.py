@@ -523,13 +523,14 @@ print(json.dumps([
     said("org/outside"),
     said("org/nothing"),
     said("not/a/name"),
+    said(""),
 ]))
 """
     home, at = tmp_path / "home" / "hf", hub.endpoint
     absent = f"there is no such folder, and {at} has no such model: check the name; "
     log_in = "log in with `hf auth login` or set HF_TOKEN"
     answers = json.loads(run_client(hub, home, CLIENT + code))
-    outside = answers.pop(13)
+    outside, nameless = answers.pop(13), answers.pop()
     assert answers == [
         loaded("org/good"),
         loaded("org/good"),
@@ -571,6 +572,7 @@ print(json.dumps([
             "if needed.",
         ),
     ]
+    assert nameless.startswith("InputError: cannot load a pipeline from '': there is no such folde")
     assert outside.startswith("InputError: cannot load a pipeline from 'org/outside': ")
     assert not list(tmp_path.rglob("outside.json"))
     # As stock asks: once for the revision, twice for each of four files, for the repo and its

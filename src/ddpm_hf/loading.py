@@ -6,13 +6,14 @@ in memory is bounded by what its files hold: the network is first built without 
 meta device, and must have the tensors of the weights file.
 
 The other limits keep the checks themselves short. They are far above what is in use: schedules of
-4,000 timesteps (Nichol & Dhariwal 2021), images of 1,024 pixels (Hoogeboom et al. 2023).
+4,000 timesteps (Nichol & Dhariwal 2021), images of 1,024 pixels (Gu et al. 2023).
 """
 
 import inspect
 import json
 import logging
 import math
+import os
 import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -81,7 +82,8 @@ def prepare(pipeline: type, name: str, options: dict[str, Any]) -> tuple[Path, d
                 "runs code of a repo"
             )
     given = {"unet", "scheduler"} & options.keys()
-    folder = Path(name) if Path(name).is_dir() else _download(pipeline, name, given, options)
+    local = os.path.isdir(name)  # unlike Path, an empty name is none
+    folder = Path(name) if local else _download(pipeline, name, given, options)
     options["use_safetensors"] = check_folder(
         folder,
         given=given,
