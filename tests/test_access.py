@@ -136,7 +136,7 @@ def test_what_is_said_depends_on_who_asks(hub, monkeypatch):
 
 def test_without_a_connection(hub):
     hub["*"] = httpx2.ConnectError("[Errno 111] Connection refused")
-    line = "no connection to https://hub.test, and the cache does not have all of it"
+    line = "no connection to https://hub.test, and the cache is not enough for that"
     assert line in str(told(get))
     # The client wraps it in one that says: look into the cache.
     assert line in str(told(lambda: snapshot_download("a/b")))
@@ -152,7 +152,7 @@ def test_without_cache_or_token(hub):
 def test_offline(hub, monkeypatch):
     huggingface_hub.set_client_factory(default_client_factory)  # which refuses every request
     monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
-    line = "HF_HUB_OFFLINE is set, and the cache does not have all of it: unset it"
+    line = "HF_HUB_OFFLINE is set, and the cache is not enough for that: unset it"
     assert line in str(told(lambda: model_info("a/b")))
 
 

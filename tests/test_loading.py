@@ -606,7 +606,7 @@ from ddpm_hf.cli import main
 sys.exit(main(["sample", "org/nothing", "--grid", "g.png"]))
 """
     down, offline, *rest = run_client(hub, tmp_path, CLIENT + code, expect=2).splitlines()
-    absent, incomplete = "there is no such folder, and ", "the cache does not have all of it: "
+    absent, incomplete = "there is no such folder, and ", "the cache is not enough for that: "
     refusals = [f"no connection to {hub.endpoint}, and {incomplete}check the network"] * 2
     refusals.append(f"{incomplete}load it once without local_files_only")
     assert_starts(json.loads(down), [loaded("org/good"), *(absent + line for line in refusals)])

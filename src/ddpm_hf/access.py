@@ -153,13 +153,13 @@ def _problem(error: Exception, repo: str, repo_type: str, token: str | bool | No
         return f"that needs a token: {LOG_IN}"
     if found(errors.OfflineModeIsEnabled):
         return (
-            "HF_HUB_OFFLINE is set, and the cache does not have all of it: unset it, or load once "
-            "while it is not set"
+            "HF_HUB_OFFLINE is set, and the cache is not enough for that: unset it; what was loaded "
+            "once loads with it"
         )
     # httpx's: all that is no answer. Its name depends on the version of the client.
     if found(errors.HTTPError, ConnectionError, TimeoutError):
         return (
-            f"no connection to {endpoint()}, and the cache does not have all of it: check the "
+            f"no connection to {endpoint()}, and the cache is not enough for that: check the "
             "network, HF_ENDPOINT and proxies; what was loaded once loads without them"
         )
     if found(
@@ -168,7 +168,7 @@ def _problem(error: Exception, repo: str, repo_type: str, token: str | bool | No
         errors.CachedRepoTreeNotFoundError,
     ):
         return (
-            "the cache does not have all of it: load it once without local_files_only and "
+            "the cache is not enough for that: load it once without local_files_only and "
             "HF_HUB_OFFLINE"
         )
     return None
