@@ -153,8 +153,8 @@ def _problem(error: Exception, repo: str, repo_type: str, token: str | bool | No
         return f"that needs a token: {LOG_IN}"
     if found(errors.OfflineModeIsEnabled):
         return (
-            "HF_HUB_OFFLINE is set, and the cache is not enough for that: unset it; what was loaded "
-            "once loads with it"
+            "HF_HUB_OFFLINE is set, and the cache is not enough for that: unset it; what was "
+            "loaded once loads with it"
         )
     # httpx's: all that is no answer. Its name depends on the version of the client.
     if found(errors.HTTPError, ConnectionError, TimeoutError):
