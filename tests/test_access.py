@@ -14,6 +14,8 @@ from ddpm_hf import access
 from ddpm_hf.access import endpoint, explained_hub, scrubbed, warn_insecure_endpoint
 from ddpm_hf.errors import InputError
 
+from .hub_server import READ_TOKEN, run_client
+
 TOKEN = "hf_" + "Ab1" * 11
 
 
@@ -134,7 +136,7 @@ def test_what_is_said_depends_on_who_asks(hub, monkeypatch):
 
 def test_without_a_connection(hub):
     hub["*"] = httpx2.ConnectError("[Errno 111] Connection refused")
-    line = "no connection to https://hub.test, and the cache does not have all of it"
+    line = "no connection to https://hub.test, and the cache is not enough for that"
     assert line in str(told(get))
     # The client wraps it in one that says: look into the cache.
     assert line in str(told(lambda: snapshot_download("a/b")))
@@ -150,21 +152,22 @@ def test_without_cache_or_token(hub):
 def test_offline(hub, monkeypatch):
     huggingface_hub.set_client_factory(default_client_factory)  # which refuses every request
     monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
-    line = "HF_HUB_OFFLINE is set, and the cache does not have all of it: unset it"
+    line = "HF_HUB_OFFLINE is set, and the cache is not enough for that: unset it"
     assert line in str(told(lambda: model_info("a/b")))
+
+
+def test_what_could_be_a_folder(hub):
+    hub["*"] = not_found("RepoNotFound")
+    assert "'a/b': there is no such folder, and https://hub" in str(told(get, or_folder=True))
+    for answer in (not_found("RevisionNotFound"), (403, {"X-Error-Code": "GatedRepo"}), 403):
+        hub["*"] = answer
+        assert "folder" not in str(told(get, or_folder=True))
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "-a", "a..b", "näme", "a" * 1000])
 def test_a_name_that_cannot_be(hub, name):
     line = str(told(lambda: model_info(name), name))
     assert "no name of a repo is like this. " in line
-
-
-def test_a_server_without_xet():
-    def push():
-        raise ConnectionError("404 for https://hub.test/api/models/a/b/xet-write-token/main")
-
-    assert "has no Xet: set HF_HUB_DISABLE_XET=1" in str(told(push))
 
 
 def test_what_a_library_wrapped_is_found(hub):
@@ -231,3 +234,46 @@ def test_plain_http_to_another_machine_is_warned_about_once(monkeypatch, caplog,
     assert not warned or f"HF_ENDPOINT is {endpoint()}, plain http" in caplog.text
     assert TOKEN not in caplog.text
     assert "password" not in caplog.text
+
+
+def test_what_a_push_may_meet(hub_server, tmp_path):
+    """All that the client raises on the way to a commit, in one process."""
+    hub_server.add("org/m", {"a.txt": b"1"})
+    hub_server.add("else/m")
+    code = f"""
+import os
+os.environ["HF_HUB_DISABLE_XET"] = "0"
+from huggingface_hub import HfApi
+from ddpm_hf.access import explained_hub
+
+def said(repo, call, token=None, **options):
+    try:
+        with explained_hub(repo, "push to", token=token):
+            getattr(HfApi(token=token), call)(repo_id=repo, **options)
+    except Exception as error:
+        print(type(error).__name__, error)
+
+text = dict(path_or_fileobj=b"2", path_in_repo="a.txt")
+weights = dict(path_or_fileobj=b"2", path_in_repo="a.safetensors")
+said("org/m", "upload_file", **weights)
+said("org/m", "create_repo")
+said("org/new", "create_repo", token="{READ_TOKEN}")
+said("else/m", "upload_file", **text)
+said("org/none", "upload_file", **text)
+said("org/m", "upload_file", **text, parent_commit="0" * 40)
+said("org/m", "upload_file", **text, revision="v9")
+said("org/m/n", "create_repo")
+"""
+    lines = run_client(hub_server, tmp_path, code).splitlines()
+    expected = [
+        ("org/m", f"{hub_server.endpoint} has no Xet: set HF_HUB_DISABLE_XET=1"),
+        ("org/m", "it exists already, or changed meanwhile ("),
+        ("org/new", "you may not ("),
+        ("else/m", "you may not (this token may not write to else/m): use a token that may write"),
+        ("org/none", f"{hub_server.endpoint} has no such model: check the name; the token in use"),
+        ("org/m", "somebody else pushed meanwhile"),
+        ("org/m", "it has no such revision: its branches and tags are on"),
+        ("org/m/n", "no name of a repo is like this."),
+    ]
+    for line, (repo, reason) in zip(lines, expected, strict=True):
+        assert line.startswith(f"InputError cannot push to '{repo}': {reason}"), line

@@ -143,7 +143,7 @@ def test_the_diffusers_recipe_holds_the_scripts_defaults():
         (["--ema_min_decay", "0.9999"], "ema_min_decay must not exceed ema_max_decay"),
         (["--ddpm_num_inference_steps", "2000"], "ddpm_num_inference_steps must be at most"),
         (["stray"], "unknown flag 'stray'"),
-        (["--push_to_hub"], "push_to_hub comes with the next release"),
+        (["--push_steps", "5"], "push_steps has no effect without --push_to_hub"),
         (["--variance_type", "learned_range"], "is not trained by the simple loss"),
         (["--loss", "hybrid"], "loss hybrid adds the bound for a learned variance only"),
         (["--ema_profiles", "0.05,long"], "ema_profiles must be two or more .*'0.05,long'"),

@@ -12,6 +12,7 @@ from PIL import Image
 from ddpm_hf.config import parse_command
 
 from .conftest import REPOSITORY
+from .hub_server import run_client
 
 # Every flag of the script's parser, with a value where it takes one.
 FLAGS = {
@@ -94,10 +95,14 @@ def test_the_command_with_fp16_says_what_it_needs(folder, tmp_path):
     assert line.endswith("mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
 
 
-def test_pushing_is_refused_clearly():
-    result = subprocess.run(
-        [sys.executable, str(REPOSITORY / "train_accelerate.py"), "--push_to_hub"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert "push_to_hub comes with the next release" in result.stderr
+def test_a_command_of_its_readme_pushes(folder, tmp_path, hub_server):
+    words = (
+        README["flowers"].replace("DATA", str(folder)).replace("OUT", str(tmp_path / "ema-cats"))
+    )
+    script = [sys.executable, str(REPOSITORY / "train_accelerate.py"), *words.split()]
+    said = run_client(hub_server, tmp_path / "home", [*script, "--push_to_hub", *SHORTER.split()])
+    assert f"Pushed:     {hub_server.endpoint}/tester/ema-cats/commit/" in said
+    assert (
+        "unet/diffusion_pytorch_model.safetensors"
+        in hub_server.repos["model", "tester/ema-cats"].tree()
+    )

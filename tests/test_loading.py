@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 
 import diffusers
@@ -15,6 +16,7 @@ from ddpm_hf.errors import InputError
 from ddpm_hf.loading import MAX_CONFIG_BYTES
 
 from .conftest import SWAPS
+from .hub_server import run_client
 
 INDEX, CONFIG = "model_index.json", "unet/config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -106,10 +108,16 @@ HUGE = 10**12
         (SCHEDULER, dict(_ddpm_hf={"format": "1"}), "_ddpm_hf must be an object with a format num"),
         (SCHEDULER, dict(_ddpm_hf=[1]), "_ddpm_hf must be an object with a format number; got [1]"),
         (SCHEDULER, dict(_ddpm_hf={"class_names": 5}), "class_names in _ddpm_hf must be a list of"),
+        (SCHEDULER, dict(_class_name="__path__"), "its scheduler_config.json is of a '__path__', "),
+        (SCHEDULER, dict(_class_name={}), "its scheduler_config.json is of a {}, not of a Schedul"),
+        (SCHEDULER, dict(_use_default_values=3), "_use_default_values in its scheduler_config.jso"),
         # The network
-        (CONFIG, dict(_class_name="AutoencoderKL"), "config.json is of a 'AutoencoderKL', no UNet"),
+        (CONFIG, dict(_class_name="AutoencoderKL"), "is of a 'AutoencoderKL', not of a UNet2DMode"),
+        (CONFIG, dict(_use_default_values=[{}]), "_use_default_values in its config.json must be "),
+        (CONFIG, dict(dtype="x"), "unexpected keyword argument 'dtype'"),
         (CONFIG, dict(quantization_config={"quant_method": "x"}), "has a quantization_config, whi"),
         (CONFIG, dict(sample_size=HUGE), "sample_size in its config.json must be an integer betwe"),
+        (CONFIG, dict(sample_size=[None, 8]), "between 1 and 4,096; got None"),
         (CONFIG, dict(sample_size=[8, -8]), "between 1 and 4,096; got -8"),
         (CONFIG, dict(sample_size=[8, 8, 8]), "between 1 and 4,096; got [8, 8, 8]"),
         (CONFIG, dict(layers_per_block=HUGE), "must be an integer between 1 and 16; got 10000"),
@@ -117,8 +125,8 @@ HUGE = 10**12
         (CONFIG, dict(block_out_channels=16), "config.json must be a list of at most 16; got 16"),
         (CONFIG, dict(block_out_channels=[HUGE, HUGE]), "no UNet2DModel can be built from its con"),
         (CONFIG, dict(block_out_channels=[16, 4096]), "its weights do not fit its config.json: "),
-        (CONFIG, dict(in_channels=10**6), "such as conv_in.weight, (16, 1000000, 3, 3); in the fi"),
-        (CONFIG, dict(num_class_embeds=10**9), "such as class_embedding.weight, (1000000000, 64);"),
+        (CONFIG, dict(in_channels=10**6), "first conv_in.weight, (16, 1000000, 3, 3) by config."),
+        (CONFIG, dict(num_class_embeds=10**9), "first class_embedding.weight, (1000000000, 64) by"),
         (CONFIG, dict(layers_per_block=2), "its weights do not fit its config.json: "),
         (CONFIG, dict(norm_num_groups=0), "no UNet2DModel can be built from its config.json: "),
         (CONFIG, dict(down_block_types=["os.system"] * 2), "no UNet2DModel can be built from its"),
@@ -236,7 +244,7 @@ def test_code_in_a_pickle_is_not_run(saved, tmp_path):
         ({"conv_in.weight": torch.zeros(1).expand(10**9)}, "holds less than its tensors pretend"),
         (
             {"a": torch.zeros(1)},
-            "its weights do not fit its config.json: 141 of 142 tensors",
+            "its weights do not fit its config.json: 142 of 142 tensors",
         ),
     ],
 )
@@ -442,3 +450,174 @@ def test_every_kind_of_block_is_built_on_the_meta_device(tmp_path, settings):
     loaded = DDPMPipeline.from_pretrained(tmp_path).unet
     for key, value in unet.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
+
+
+# From the Hub
+
+CLIENT = """
+import json, sys
+from ddpm_hf import DDPMPipeline
+
+def said(name, **options):
+    try:
+        pipe = DDPMPipeline.from_pretrained(name, **options)
+        return f"{pipe.name_or_path} {pipe.unet.dtype} {type(pipe.scheduler).__name__}"
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+"""
+
+
+def loaded(name):
+    return f"{name} torch.float32 DDPMScheduler"
+
+
+def refused(name, reason):
+    return f"InputError: cannot load a pipeline from '{name}': {reason}"
+
+
+def files_of(folder):
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.fixture
+def hub(hub_server, saved):
+    """A Hub with repos of many kinds, good and bad."""
+    good = files_of(saved)
+    hub_server.add("org/good", good)
+    hub_server.repos["model", "org/good"].tags["v1"] = hub_server.repos[
+        "model", "org/good"
+    ].branches["main"]
+    hub_server.add("org/private", good, private=True)
+    hub_server.add("org/forbidden", good)
+    hub_server.fail("GET", "models/org/forbidden", status=403, message="not you", times=None)
+    hub_server.add("org/images", kind="dataset")
+    hub_server.add("org/empty")
+    hub_server.add("org/outside", good | {"scheduler/../../../../outside.json": b"{}"})
+    entry = json.loads(good[INDEX]) | {"scheduler": ["os", "system"]}
+    hub_server.add("org/evil", good | {INDEX: json.dumps(entry).encode()})
+    shutil.copytree(saved, saved.parent / "2022")
+    as_in_2022(saved.parent / "2022")
+    hub_server.add("google/ddpm-cifar10-32", files_of(saved.parent / "2022"))
+    as_pickle(saved)
+    hub_server.add("org/bin", files_of(saved))
+    return hub_server
+
+
+def test_repos_good_and_bad(hub, tmp_path):
+    code = """
+print(json.dumps([
+    said("org/good"),
+    said("org/good"),
+    said("org/good", revision="v1", dtype=__import__("torch").bfloat16),
+    said("google/ddpm-cifar10-32"),
+    said("org/bin"),
+    said("org/private"),
+    said("org/private", token=False, cache_dir="other"),
+    said("org/good", token="hf_wrong", cache_dir="other"),
+    said("org/forbidden"),
+    said("org/good", revision="v9"),
+    said("org/images"),
+    said("org/empty"),
+    said("org/evil"),
+    said("org/outside"),
+    said("org/nothing"),
+    said("not/a/name"),
+    said(""),
+]))
+"""
+    home, at = tmp_path / "home" / "hf", hub.endpoint
+    absent = f"there is no such folder, and {at} has no such model: check the name; "
+    log_in = "log in with `hf auth login` or set HF_TOKEN"
+    answers = json.loads(run_client(hub, home, CLIENT + code))
+    outside, nameless = answers.pop(13), answers.pop()
+    assert answers == [
+        loaded("org/good"),
+        loaded("org/good"),
+        "org/good torch.bfloat16 DDPMScheduler",
+        loaded("google/ddpm-cifar10-32"),
+        loaded("org/bin"),
+        loaded("org/private"),
+        refused("org/private", f"{absent}for a private one {log_in}"),
+        refused(
+            "org/good",
+            f"the token is not valid (Invalid credentials in Authorization header): {log_in} anew",
+        ),
+        refused(
+            "org/forbidden",
+            "you may not (not you): use a token that may write to or read this model "
+            f"({at}/settings/tokens), and {log_in}",
+        ),
+        refused(
+            "org/good",
+            f"it has no such revision: its branches and tags are on {at}/org/good/tree/main",
+        ),
+        refused(
+            "org/images",
+            "there is no such folder, and it is a dataset, not a model: check the name",
+        ),
+        refused(
+            "org/empty", f"it has no file 'model_index.json': look at {at}/org/empty/tree/main"
+        ),
+        refused(
+            "org/evil",
+            'scheduler in its model_index.json must be ["diffusers", one of its schedulers]: '
+            "nothing of another module is loaded; got ['os', 'system']",
+        ),
+        refused("org/nothing", f"{absent}the token in use may not see it: check `hf auth whoami`"),
+        refused(
+            "not/a/name",
+            "there is no such folder, and no name of a repo is like this. Repo id must be in the "
+            "form 'repo_name' or 'namespace/repo_name': 'not/a/name'. Use `repo_type` argument "
+            "if needed.",
+        ),
+    ]
+    assert nameless.startswith("InputError: cannot load a pipeline from '': there is no such folde")
+    assert outside.startswith("InputError: cannot load a pipeline from 'org/outside': ")
+    assert not list(tmp_path.rglob("outside.json"))
+    # As stock asks: once for the revision, twice for each of four files, for the repo and its
+    # list; when all is in the cache, for the revision and the repo. The tag costs one more.
+    asked = [request for request in hub.requests if "org/good" in request.path and request.token]
+    assert [r.method for r in asked[:11]].count("HEAD") == 4
+    assert [(r.method, r.path) for r in asked[11:13]] == [
+        ("GET", "/api/models/org/good"),
+        ("GET", "/api/models/org/good/revision/main"),
+    ]
+    assert not hub.asked("GET", "org/evil/(?!resolve/[0-9a-f]+/model_index.json)")
+
+
+def test_without_a_hub(hub, tmp_path):
+    get = "from huggingface_hub import snapshot_download; snapshot_download('org/good')"
+    run_client(hub, tmp_path, get)
+    hub.listener.shutdown()
+    hub.listener.server_close()
+    # The setting is what HF_HUB_OFFLINE=1 sets when the client is imported, which takes seconds.
+    code = """
+print(json.dumps([
+    said("org/good"),
+    said("org/good", revision="v9"),
+    said("org/nothing"),
+    said("org/nothing", local_files_only=True),
+]))
+import huggingface_hub
+huggingface_hub.constants.HF_HUB_OFFLINE = True
+print(json.dumps([said("org/good"), said("org/good", revision="v9"), said("org/nothing")]))
+from ddpm_hf.cli import main
+sys.exit(main(["sample", "org/nothing", "--grid", "g.png"]))
+"""
+    down, offline, *rest = run_client(hub, tmp_path, CLIENT + code, expect=2).splitlines()
+    absent, incomplete = "there is no such folder, and ", "the cache is not enough for that: "
+    refusals = [f"no connection to {hub.endpoint}, and {incomplete}check the network"] * 2
+    refusals.append(f"{incomplete}load it once without local_files_only")
+    assert_starts(json.loads(down), [loaded("org/good"), *(absent + line for line in refusals)])
+    refusals = [f"HF_HUB_OFFLINE is set, and {incomplete}unset it"] * 2
+    assert_starts(json.loads(offline), [loaded("org/good"), *(absent + line for line in refusals)])
+    (line,) = [line for line in rest if "org/nothing" in line]
+    assert line.startswith("ddpm-hf: error: cannot load a pipeline from 'org/nothing': ")
+
+
+def assert_starts(lines, starts):
+    for line, start in zip(lines, starts, strict=True):
+        assert re.sub("^InputError: cannot load a pipeline from '[^']*': ", "", line).startswith(
+            start
+        )

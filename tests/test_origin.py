@@ -52,11 +52,10 @@ def test_a_recipe_of_ones_own_and_other_images_win_but_the_network_stays(trained
 
 
 def test_training_begins_with_its_weights(trained, tmp_path):
-    config = TrainingConfig.from_recipe(
-        "default", init_from=trained, learning_rate=0, output_dir=tmp_path / "second",
-        logger="none", dataset_name="embedded", **PINNED,
-    )  # fmt: skip
-    assert config.run_dir.name == "second"
+    config = TrainingConfig.from_model(
+        trained, learning_rate=0, output_dir=tmp_path / "second", **PINNED
+    )
+    assert config.max_train_steps == 2
     made = train(config).output_dir
     before, after = load_file(trained / WEIGHTS), load_file(made / WEIGHTS)
     # The average of equal weights: equal but for its rounding, in float32.

@@ -54,7 +54,7 @@ def explained_hub(
         problem = _problem(error, repo, repo_type, token)
         if problem is None:
             raise
-        folder = "there is no such folder, and " if or_folder else ""
+        folder = "there is no such folder, and " if or_folder and _is_absent(error) else ""
         line = scrubbed(f"cannot {action} {repo[:MAX_QUOTED]!r}: {folder}{problem}", token)
         # A traceback shows the cause too, and a server may repeat what it was sent.
         shown = error if all(scrubbed(str(e), token) == str(e) for e in _chain(error)) else None
@@ -122,6 +122,15 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
+def _is_absent(error: BaseException) -> bool:
+    """Whether the Hub did not say that it has the repo."""
+    from huggingface_hub import errors
+
+    answer = next((e for e in _chain(error) if isinstance(e, errors.HfHubHTTPError)), None)
+    not_found = isinstance(answer, errors.RepositoryNotFoundError)
+    return answer is None or (not_found and not isinstance(answer, errors.GatedRepoError))
+
+
 def _problem(error: Exception, repo: str, repo_type: str, token: str | bool | None) -> str | None:
     """What is wrong and what to do about it; None for what the Hub has no part in.
 
@@ -144,13 +153,13 @@ def _problem(error: Exception, repo: str, repo_type: str, token: str | bool | No
         return f"that needs a token: {LOG_IN}"
     if found(errors.OfflineModeIsEnabled):
         return (
-            "HF_HUB_OFFLINE is set, and the cache does not have all of it: unset it, or load once "
-            "while it is not set"
+            "HF_HUB_OFFLINE is set, and the cache is not enough for that: unset it; what was "
+            "loaded once loads with it"
         )
     # httpx's: all that is no answer. Its name depends on the version of the client.
     if found(errors.HTTPError, ConnectionError, TimeoutError):
         return (
-            f"no connection to {endpoint()}, and the cache does not have all of it: check the "
+            f"no connection to {endpoint()}, and the cache is not enough for that: check the "
             "network, HF_ENDPOINT and proxies; what was loaded once loads without them"
         )
     if found(
@@ -159,7 +168,7 @@ def _problem(error: Exception, repo: str, repo_type: str, token: str | bool | No
         errors.CachedRepoTreeNotFoundError,
     ):
         return (
-            "the cache does not have all of it: load it once without local_files_only and "
+            "the cache is not enough for that: load it once without local_files_only and "
             "HF_HUB_OFFLINE"
         )
     return None

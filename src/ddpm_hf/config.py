@@ -457,6 +457,19 @@ class TrainingConfig:
         """
         return parse_config(["--recipe", str(recipe), *as_words(settings, "from_recipe")])
 
+    @classmethod
+    def from_model(cls, name: str, **settings) -> "TrainingConfig":
+        """What `--from` does: start from a model, with its recipe and some settings changed.
+
+        Args:
+            name: Id of a repository on the Hub, or a folder.
+            settings: As in `from_recipe`; `recipe` takes the place of the model's own.
+
+        Raises:
+            InputError: as `from_recipe`, or no model of that name.
+        """
+        return parse_config(["--from", str(name), *as_words(settings, "from_model")])
+
 
 def field_names() -> list[str]:
     """Names of all settings."""

@@ -6,15 +6,15 @@ in memory is bounded by what its files hold: the network is first built without 
 meta device, and must have the tensors of the weights file.
 
 The other limits keep the checks themselves short. They are far above what is in use: schedules of
-4,000 timesteps (Nichol & Dhariwal 2021), images of 1,024 pixels (Hoogeboom et al. 2023).
+4,000 timesteps (Nichol & Dhariwal 2021), images of 1,024 pixels (Gu et al. 2023).
 """
 
 import inspect
 import json
 import logging
 import math
+import os
 import reprlib
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,7 @@ from huggingface_hub import errors, hf_hub_download, resolve_revision, try_to_lo
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from .access import explained_hub, one_line, warn_insecure_endpoint
+from .access import explained_hub, one_line, scrubbed, warn_insecure_endpoint
 from .errors import InputError
 from .scheduler import DDPMScheduler, check_extras
 
@@ -54,8 +54,9 @@ def told_in_one_line(name: str, token: str | bool | None) -> Iterator[None]:
             yield
     except InputError:
         raise
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot {action} {one_line(name)!r}: {one_line(error)}") from error
+    except (OSError, TypeError, ValueError) as error:  # diffusers' own, of what it was given
+        reason = scrubbed(one_line(error), token)
+        raise InputError(f"cannot {action} {one_line(name)!r}: {reason}") from error
 
 
 def prepare(pipeline: type, name: str, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
@@ -81,7 +82,8 @@ def prepare(pipeline: type, name: str, options: dict[str, Any]) -> tuple[Path, d
                 "runs code of a repo"
             )
     given = {"unet", "scheduler"} & options.keys()
-    folder = Path(name) if Path(name).is_dir() else _download(pipeline, name, given, options)
+    local = os.path.isdir(name)  # unlike Path, an empty name is none
+    folder = Path(name) if local else _download(pipeline, name, given, options)
     options["use_safetensors"] = check_folder(
         folder,
         given=given,
@@ -217,6 +219,7 @@ def check_scheduler(name: str, config: Mapping[str, Any]) -> None:
     file = "scheduler_config.json"
     timesteps = config.get("num_train_timesteps", 1000)
     _check_integer(file, "num_train_timesteps", timesteps, MAX_TIMESTEPS)
+    _check_private(file, config, "Scheduler")
     betas = config.get("trained_betas")
     if betas is not None and not (isinstance(betas, list) and len(betas) == timesteps):
         raise ValueError(
@@ -237,10 +240,7 @@ def check_scheduler(name: str, config: Mapping[str, Any]) -> None:
 def check_unet(config: Mapping[str, Any], weights: list[Path]) -> None:
     """Raise ValueError unless the network of a configuration has the tensors of its weights."""
     file = "config.json"
-    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise ValueError(
-            f"its {file} is of a {reprlib.repr(config['_class_name'])}, no UNet2DModel"
-        )
+    _check_private(file, config, "UNet2DModel")
     if config.get("quantization_config") is not None:
         raise ValueError(f"its {file} has a quantization_config, which is not supported")
     _check_integer(file, "layers_per_block", config.get("layers_per_block", 2), MAX_LAYERS)
@@ -251,21 +251,36 @@ def check_unet(config: Mapping[str, Any], weights: list[Path]) -> None:
                 f"{key} in its {file} must be a list of at most {MAX_LEVELS}; got "
                 f"{reprlib.repr(value)}"
             )
-    size = config.get("sample_size")
-    for side in size if isinstance(size, list) and len(size) == 2 else [size]:
-        if side is not None:
+    if (size := config.get("sample_size")) is not None:
+        for side in size if isinstance(size, list) and len(size) == 2 else [size]:
             _check_integer(file, "sample_size", side, MAX_SIDE)
     with torch.device("meta"):
         network = _build(UNet2DModel, config, file)
     wanted = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
-    found = {key: shape for path in weights for key, shape in stored_shapes(path).items()}
-    # By shape alone: the attention of old weights has other names, which diffusers translates.
-    if missing := Counter(wanted.values()) - Counter(found.values()):
-        where = next((key for key in wanted if found.get(key) != wanted[key]), None)
+    found = {_name_now(k): shape for path in weights for k, shape in stored_shapes(path).items()}
+    if missing := [key for key, shape in wanted.items() if found.get(key) != shape]:
         raise ValueError(
-            f"its weights do not fit its {file}: {missing.total()} of {len(wanted)} tensors are "
-            f"missing, such as {where}, {wanted[where]}; in the file: {found.get(where)}"
+            f"its weights do not fit its {file}: {len(missing)} of {len(wanted)} tensors are "
+            f"missing or of another size, first {missing[0]}, {wanted[missing[0]]} by {file} and "
+            f"{found.get(missing[0])} in the file"
         )
+
+
+def _name_now(key: str) -> str:
+    """A tensor's name; that of attention before 2023 in today's words, as diffusers reads it."""
+    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    words = key.rsplit(".", 2)
+    return ".".join([*words[:-2], *(old.get(word, word) for word in words[-2:])])
+
+
+def _check_private(file: str, config: Mapping[str, Any], kind: str) -> None:
+    """Raise ValueError for keys of diffusers' own that would make it fail, or are of another."""
+    name = config.get("_class_name", kind)
+    if not (isinstance(name, str) and name.isidentifier() and name.endswith(kind)):
+        raise ValueError(f"its {file} is of a {reprlib.repr(name)}, not of a {kind}")
+    defaults = config.get("_use_default_values", [])
+    if not (isinstance(defaults, list) and all(isinstance(key, str) for key in defaults)):
+        raise ValueError(f"_use_default_values in its {file} must be a list of names")
 
 
 def _check_integer(file: str, key: str, value: Any, high: int) -> None:

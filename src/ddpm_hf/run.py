@@ -487,7 +487,8 @@ def start_weights(
         InputError: the process that the settings name is not the one that they were trained with.
     """
     theirs, ours = DDPMScheduler.from_config(origin.scheduler.config), scheduler
-    same = theirs.config.prediction_type == ours.config.prediction_type
+    words = ("prediction_type", "num_train_timesteps")
+    same = all(theirs.config[word] == ours.config[word] for word in words)
     if not same or not torch.allclose(theirs.alphas_cumprod, ours.alphas_cumprod, atol=1e-6):
         raise InputError(
             f"{config.init_from!r} was trained with another process: it predicts "

@@ -1,0 +1,234 @@
+"""What a run pushes while it trains, and going on elsewhere from what it pushed."""
+
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from ddpm_hf import TrainingConfig, train
+from ddpm_hf.checkpoint import load_checkpoint
+
+from .conftest import quick_settings_in
+from .hub_server import HubServer, run_client
+
+TOKEN = "hf_PlantedTokenOfThisTest"
+
+
+def flags(**settings):
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def command(folder, **settings):
+    """`ddpm-hf train` for seconds, in a folder."""
+    settings = quick_settings_in(folder) | dict(learning_rate=1e-3) | settings
+    entry = "import sys; from ddpm_hf.cli import main; sys.exit(main())"
+    return [sys.executable, "-c", entry, "train", *flags(**settings)]
+
+
+def test_a_run_pushes_while_it_trains_and_its_token_stays_nowhere(tmp_path):
+    with HubServer(tokens={TOKEN: "write"}) as hub:
+        words = command(
+            tmp_path, logger="tensorboard", push_to_hub=True, push_steps=3, push_checkpoints=True,
+            hub_model_id="org/fashion", hub_private_repo=True, hub_token=TOKEN,
+        )  # fmt: skip
+        said = run_client(hub, tmp_path / "home", words, token=None)
+    model, kept = (hub.repos["model", f"org/{name}"] for name in ("fashion", "fashion-checkpoints"))
+    assert model.private
+    assert kept.private
+    # One step in four is a milestone, and the end is. Pushes that wait for others may be replaced.
+    assert "step-4" in model.tags
+    assert model.tags["step-4"] == model.branches["main"]
+    assert set(model.tree()) == {
+        ".gitattributes", "README.md", "config.json", "loss_curve.png", "model_index.json",
+        "results.json", "samples/grid.png", "scheduler/scheduler_config.json", "training.json",
+        "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
+    (only,) = kept.history()  # squashed
+    assert {name.split("/")[0] for name in only.tree} == {
+        ".gitattributes", "README.md", "checkpoint-4", "config.json", "metrics.jsonl"
+    }  # fmt: skip
+    assert not [name for name in only.tree if not name.endswith((".safetensors", ".json", ".md",
+                ".jsonl", ".gitattributes"))]  # fmt: skip
+    assert said.count("Pushed:     ") == 2
+
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("tfevents" in path.name for path in files)
+    contents = [path.read_bytes() for path in files]
+    contents += [blob for repo in hub.repos.values() for c in repo.commits.values()
+                 for blob in c.tree.values()]  # fmt: skip
+    assert not [text for text in (*contents, said.encode()) if TOKEN.encode() in text]
+    assert not list((tmp_path / "run").glob(".push*"))
+
+
+def test_a_failed_push_neither_stops_training_nor_is_hidden(hub_server, tmp_path):
+    hub_server.fail("POST", "/commit/", status=403, message="no space left", times=None)
+    words = command(tmp_path, push_to_hub=True, hub_model_id="org/fashion", max_train_steps=2)
+    said = run_client(hub_server, tmp_path / "home", words)
+    assert (tmp_path / "run" / "README.md").is_file()
+    problem = "Not pushed: the model of step 2: cannot push to 'org/fashion': you may not"
+    assert problem in said
+    assert f"Push it with: ddpm-hf push {tmp_path / 'run'} --repo org/fashion" in said
+    assert len(hub_server.repos["model", "org/fashion"].history()) == 1  # as it was made
+
+
+def test_a_hub_that_is_down_does_not_keep_a_run_from_training(hub_server, tmp_path, monkeypatch):
+    script = f"""
+        from ddpm_hf import TrainingConfig, train, uploads
+        uploads.RETRY_SECONDS = ()
+        result = train(TrainingConfig(**{quick_settings_in(tmp_path)!r} | dict(
+            max_train_steps=1, push_to_hub=True, hub_model_id="org/x")))
+        print("pushed:", result.pushed)
+        """
+    hub_server.__exit__()
+    said = run_client(hub_server, tmp_path / "home", textwrap.dedent(script))
+    assert "training begins, pushes will try again" in said
+    assert "Not pushed: the model of step 1" in said
+    assert "pushed: None" in said
+
+
+def test_what_would_fail_later_is_said_before_training(hub_server, tmp_path):
+    """One process asks for all: a command that cannot push does not train first."""
+    script = f"""
+        from ddpm_hf import TrainingConfig, train
+        from ddpm_hf.errors import InputError
+        settings = {quick_settings_in(tmp_path)!r}
+        for more in (
+            dict(push_to_hub=True, hub_model_id="stranger/x"),
+            dict(push_to_hub=True, hub_model_id="org/open", hub_private_repo=True),
+            dict(push_checkpoints=True, hub_model_id="org/open"),
+            dict(resume_from_checkpoint="org/none"),
+            dict(resume_from_checkpoint="org/open"),
+        ):
+            try:
+                train(TrainingConfig(**settings | more))
+            except InputError as error:
+                print(error)
+        """
+    hub_server.add("org/open")
+    hub_server.add("org/open-checkpoints")
+    lines = run_client(hub_server, tmp_path / "home", textwrap.dedent(script)).splitlines()
+    for line, part in zip(
+        lines,
+        [
+            "cannot push to 'stranger/x': you may not",
+            "org/open is public, and should be private",
+            "org/open-checkpoints is public, and should be private",
+            "cannot resume from 'org/none'",
+            "org/open holds no checkpoint",
+        ],
+        strict=True,
+    ):
+        assert part in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_machine_goes_on_bit_for_bit(hub_server, tmp_path):
+    """Two steps here, pushed; the rest elsewhere: as if it had never stopped."""
+    profiles = dict(ema_profiles="0.05,0.1", ema_snapshot_steps=1, lr_scheduler="constant")
+    straight = quick_settings_in(tmp_path / "straight") | dict(learning_rate=1e-3) | profiles
+    train(TrainingConfig(**straight))
+
+    first = command(
+        tmp_path / "here", max_train_steps=2, push_checkpoints=True, hub_model_id="org/run",
+        **profiles,
+    )  # fmt: skip
+    run_client(hub_server, tmp_path / "home", first)
+    there = command(tmp_path / "there", resume_from_checkpoint="org/run-checkpoints", **profiles)
+    said = run_client(hub_server, tmp_path / "other-home", there)
+    assert "Fetched checkpoint-2 from org/run-checkpoints" in said
+    assert "Going on from checkpoint-2, 2 of 4 steps done" in said
+
+    expected, got = (
+        load_checkpoint(tmp_path / name / "run" / "checkpoint-4") for name in ("straight", "there")
+    )
+    assert got.tensors.keys() == expected.tensors.keys()
+    for group, named in expected.tensors.items():
+        for name, tensor in named.items():
+            assert tensor.equal(got.tensors[group][name]), (group, name)
+    snapshots = [
+        sorted(path.name for path in (tmp_path / name / "run" / "ema").iterdir())
+        for name in ("straight", "there")
+    ]
+    assert snapshots[0] == snapshots[1]
+    # The same command again finds its own checkpoint newer.
+    again = run_client(hub_server, tmp_path / "other-home", there)
+    assert "checkpoint-4 here is as new as checkpoint-2 of org/run-checkpoints" in again
+
+
+@pytest.fixture
+def pushed_run(tmp_path):
+    """A run of two steps in a folder."""
+    settings = quick_settings_in(tmp_path / "first") | dict(max_train_steps=2)
+    return train(TrainingConfig(**settings)).output_dir
+
+
+def test_checkpoints_that_cannot_be_gone_on_from(hub_server, pushed_run, tmp_path):
+    train(TrainingConfig(**quick_settings_in(tmp_path / "other") | dict(seed=5, max_train_steps=1)))
+    script = """
+        import sys
+        from pathlib import Path
+        from ddpm_hf.errors import InputError
+        from ddpm_hf.hub import fetch_checkpoint, push_checkpoint
+        first, other, empty = map(Path, sys.argv[1:])
+        push_checkpoint(first, first / "checkpoint-2", "org/kept")
+        def told(folder):
+            try:
+                print(fetch_checkpoint("org/kept", folder))
+            except InputError as error:
+                print(error)
+        told(other / "run")
+        told(empty)
+        """
+    code = [sys.executable, "-c", textwrap.dedent(script), pushed_run, tmp_path / "other"]
+    lines = run_client(hub_server, tmp_path / "home", [*map(str, code), str(tmp_path / "new")])
+    another, fetched = lines.splitlines()
+    assert "is another one than that of org/kept: they differ in seed" in another
+    assert not (tmp_path / "other" / "run" / "checkpoint-2").exists()
+    assert fetched == "Fetched checkpoint-2 from org/kept"
+    assert (tmp_path / "new" / "checkpoint-2" / "unet.safetensors").is_file()
+
+    kept = hub_server.repos["model", "org/kept"]
+    tree = dict(kept.tree())
+    tree["checkpoint-2/unet.safetensors"] += b"x"
+    damaged = hub_server.add("org/damaged", tree)
+    bare = hub_server.add("org/bare", {k: v for k, v in tree.items() if k != "config.json"} | {
+        "checkpoint-2/unet.safetensors": kept.tree()["checkpoint-2/unet.safetensors"]
+    })  # fmt: skip
+    script = """
+        import sys
+        from pathlib import Path
+        from ddpm_hf.errors import InputError
+        from ddpm_hf.hub import fetch_checkpoint
+        for name in sys.argv[2:]:
+            try:
+                print(fetch_checkpoint(name, Path(sys.argv[1])))
+            except InputError as error:
+                print(error)
+        """
+    code = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "fresh")]
+    lines = run_client(hub_server, tmp_path / "home", [*code, damaged.id, bare.id])
+    broken, without = lines.splitlines()
+    assert "is damaged: unet.safetensors has changed" in broken
+    assert "org/bare holds no settings of a run" in without
+    assert not list(Path(tmp_path / "fresh").glob("*"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_image_set_of_the_hub_is_trained_on(hub_server, tiny_images, tmp_path, streaming):
+    card = b"---\nlicense: cc-by-4.0\n---\n"
+    files = {f"train/{path.name}": path.read_bytes() for path in tiny_images.iterdir()}
+    hub_server.add("org/photos", {"README.md": card, **files}, kind="dataset")
+    words = command(
+        tmp_path, dataset_name="org/photos", split="train", image_mode="auto",
+        max_train_steps=1, streaming=streaming, push_to_hub=True, hub_model_id="org/model",
+    )  # fmt: skip
+    said = run_client(hub_server, tmp_path / "home", words)
+    assert "RGB images, 8x8" in said
+    tree = hub_server.repos["model", "org/model"].tree()
+    text = tree["README.md"].decode()
+    assert "[org/photos](https://huggingface.co/datasets/org/photos)" in text
+    assert "| their licence | cc-by-4.0 |" in text
+    assert "datasets:\n- org/photos" in text
+    assert json.loads(tree["config.json"])["dataset_name"] == "org/photos"
