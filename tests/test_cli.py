@@ -60,7 +60,7 @@ def test_dry_run_writes_nothing(quick_settings, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["trian"], "verb must be one of train, sample, ema, convert; got 'trian'. Did you mean "),
+        (["trian"], "verb must be one of train, sample, ema, push, convert; got 'trian'. Did you"),
         (["sample"], "the following arguments are required: REPO_OR_FOLDER"),
         (["sample", "x"], "name what to write: --output, --grid or both"),
         (["sample", "./nowhere", "--grid", "g.png"], "cannot load a pipeline from './nowhere'"),
@@ -196,3 +196,60 @@ def test_classes_are_sampled_by_name_by_number_and_in_turn(tiny_unet, tmp_path):
 def test_a_class_that_the_network_does_not_have(folder, capsys):
     assert main(["sample", str(folder), "--class_label", "cat", "--grid", "g.png"]) == 2
     assert "this network is unconditional" in capsys.readouterr().err
+
+
+def shown(capsys):
+    """The one JSON object on standard output."""
+    (line,) = capsys.readouterr().out.splitlines()
+    return json.loads(line)
+
+
+def test_every_verb_prints_its_result_as_json(quick_settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = quick_settings | dict(ema_profiles="0.05,0.1", ema_snapshot_steps=1)
+    assert main(["train", "--json", *flags(settings)]) == 0
+    trained = shown(capsys)
+    run = settings["output_dir"]
+    assert (trained["output_dir"], trained["step"], trained["pushed"]) == (run, 4, None)
+    # The card's numbers are the same objects.
+    assert trained["results"] == json.loads((tmp_path / "run" / "results.json").read_text())
+    assert trained["results"][0]["value"] == trained["loss"]
+
+    words = ["--num_images", "2", "--num_inference_steps", "2", "--output", "x.npy"]
+    assert main(["sample", run, *words, "--json"]) == 0
+    sampled = shown(capsys)
+    assert (sampled["output"], sampled["num_inference_steps"]) == ("x.npy", 2)
+
+    assert main(["ema", run, "--length", "0.07", "--output", "longer", "--json"]) == 0
+    assert shown(capsys)["output"] == "longer"
+
+    assert main(["train", "--dry_run", "--json", *flags(settings)]) == 0
+    assert shown(capsys)["max_train_steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["push", "nowhere", "--repo", "org/x"], "nowhere is no folder"),
+        (["convert", "nowhere.pt", "out"], "nowhere.pt is not a file"),
+        (["train", "--sed", "1"], "unknown flag '--sed'"),
+    ],
+)
+def test_errors_are_json_too(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*argv, "--json"]) == 2
+    said = capsys.readouterr()
+    assert message in json.loads(said.out)["error"]
+    assert message in said.err
+
+
+def test_a_token_on_the_command_line_reaches_no_tracker(quick_settings, monkeypatch, capsys):
+    words = ["train", *flags(quick_settings), "--hub_token=hf_secretToken", "--dry_run"]
+    monkeypatch.setattr(sys, "argv", ["ddpm-hf", *words])
+    monkeypatch.setenv("HF_TOKEN", "another")
+    assert main(words) == 0
+    assert os.environ["HF_TOKEN"] == "hf_secretToken"
+    assert "--hub_token=***" in sys.argv
+    said = capsys.readouterr()
+    assert "hf_secretToken" not in said.out + said.err
+    assert "`hf auth login` is safer" in said.err

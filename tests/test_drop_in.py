@@ -95,6 +95,7 @@ def test_the_command_with_fp16_says_what_it_needs(folder, tmp_path):
     assert line.endswith("mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
 
 
+@pytest.mark.slow
 def test_a_command_of_its_readme_pushes(folder, tmp_path, hub_server):
     words = (
         README["flowers"].replace("DATA", str(folder)).replace("OUT", str(tmp_path / "ema-cats"))

@@ -47,6 +47,13 @@ def test_the_averaging_command_is_accepted(tmp_path, monkeypatch, capsys):
     assert "out/default holds no snapshots" in capsys.readouterr().err
 
 
+def test_the_pushing_command_is_accepted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (command,) = [line for line in COMMANDS if line.startswith("ddpm-hf push")]
+    assert main(shlex.split(command)[1:]) == 2
+    assert "out/fashion-quick is no folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "command", [line for line in COMMANDS if line.startswith("ddpm-hf convert")]
 )

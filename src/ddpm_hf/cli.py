@@ -101,7 +101,8 @@ def ema_command(argv: list[str]) -> Any:
     print(f"Wrote {args.output}: step {made.step}, from {made.num_snapshots} snapshots")
     if made.error > 0.05:
         print(f"Warning: they meet this length to {made.error:.0%} only; store more of them")
-    return made._asdict() | {"output": args.output}
+    told = {"step": made.step, "num_snapshots": made.num_snapshots, "error": made.error}
+    return {"output": args.output} | told
 
 
 def push_command(argv: list[str]) -> Any:
@@ -197,8 +198,9 @@ def share_cores() -> None:
 def plain(value: Any) -> Any:
     """A result as JSON has it: objects with named fields, paths as text."""
     if is_dataclass(value) or hasattr(value, "_asdict"):
-        named = asdict(value) if is_dataclass(value) else value._asdict()
-        return {name: plain(entry) for name, entry in named.items()}
+        value = asdict(value) if is_dataclass(value) else value._asdict()
+    if isinstance(value, dict):
+        return {name: plain(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value
