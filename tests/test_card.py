@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from ddpm_hf import __version__
-from ddpm_hf.card import MARK, code, escape, render_card, write_card
+from ddpm_hf.card import MARK, code, escape, located, render_card, write_card
 from ddpm_hf.config import TrainingConfig
 from ddpm_hf.errors import InputError
 from ddpm_hf.presets import build_scheduler, unet_config
@@ -19,7 +19,7 @@ EXPECTED = REPOSITORY / "tests" / "expected_card.md"
 MADE_BY = dict(commit="0123abc", hardware="1 core of a|processor")
 
 
-def make_folder(folder, *, recorded=True, process=None, unet=None, **settings):
+def make_folder(folder, *, recorded=True, process=None, unet=None, raw=None, **settings):
     """The files that a card is made from, of a run that never was."""
     for part in ("unet", "scheduler", "samples"):
         (folder / part).mkdir(parents=True)
@@ -30,11 +30,11 @@ def make_folder(folder, *, recorded=True, process=None, unet=None, **settings):
     (folder / "samples" / "grid.png").touch()
     if recorded:
         config = TrainingConfig(**({"dataset_name": "embedded"} | settings))
-        (folder / "config.json").write_text(json.dumps(asdict(config)))
+        (folder / "config.json").write_text(json.dumps(located(asdict(config)) | (raw or {})))
         by_timestep = {"training loss": {"0.0-0.1": 0.5, "0.9-1.0": 0.01}, "x|y": {"0.0-0.1": 0.6}}
         record = TrainingRecord(
             step=1000, global_batch_size=16, num_images=6000, num_processes=2, seconds=5400.0,
-            watts=20.0, parameters=1_234_567, loss_by_timestep=by_timestep, **MADE_BY,
+            energy_kwh=0.06, parameters=1_234_567, loss_by_timestep=by_timestep, **MADE_BY,
         )  # fmt: skip
         write_record(folder, record)
     return folder
@@ -57,7 +57,8 @@ def test_the_whole_card(tmp_path):
 
 
 def test_metadata_is_what_the_hub_reads(tmp_path):
-    folder = make_folder(tmp_path / "run", dataset_name="org/photos", init_from="org/base")
+    base = dict(init_from="org/base", model_config_name_or_path="org/base")
+    folder = make_folder(tmp_path / "run", dataset_name="org/photos", **base)
     row = dict(dataset="org/photos", split="test", num_images=10, protocol="p", seed=0)
     add_results(folder, [Result("fd", 3.25, "squared distance", **row)])
     data = ModelCard(render_card(folder, "org/name", license="cc-by-4.0")).data
@@ -71,18 +72,53 @@ def test_metadata_is_what_the_hub_reads(tmp_path):
     assert measured.metric_args["num_images"] == 10
 
 
-def test_a_local_set_and_a_local_model_are_not_named(tmp_path):
+def test_a_local_set_and_a_local_model_are_not_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     secret = tmp_path / "secret" / "place"
     secret.mkdir(parents=True)
     folder = make_folder(
-        tmp_path / "run", dataset_name=None, train_data_dir=str(secret), init_from=str(secret)
-    )
+        tmp_path / "run", dataset_name="secret/place", train_data_dir=str(secret),
+        init_from="secret/place", model_config_name_or_path="secret/place",
+        raw={"recipe": str(secret / "mine.yaml")},
+    )  # fmt: skip
+    monkeypatch.chdir("/")  # where these names could be ids on the Hub
     text = render_card(folder)
     assert "a local image set" in text
     assert "| started from | another model |" in text
-    assert "not stated by the set" in text
+    assert "| recipe | `./mine.yaml`" in text
+    assert "| their licence | not stated |" in text
     assert "secret" not in text
     assert ModelCard(text).data.license is None
+
+
+def test_the_licence_of_the_images(tmp_path):
+    folder = make_folder(tmp_path / "run", dataset_name="org/photos")
+    assert "| their licence | cc0 |" in render_card(folder, data_license="cc0")
+    assert "| their licence | see its page |" in render_card(folder)
+
+
+def test_numbers_of_older_weights_are_not_shown(tmp_path):
+    folder = make_folder(tmp_path / "run")
+    row = dict(unit="u", dataset="d", split="s", num_images=1, protocol="p", seed=0)
+    rows = [Result(name, 1.0, step=step, **row) for name, step in
+            (("now", 1000), ("before", 500), ("whenever", None))]  # fmt: skip
+    add_results(folder, rows)
+    card = ModelCard(render_card(folder))
+    assert [row.metric_type for row in card.data.eval_results] == ["now", "whenever"]
+    assert "before" not in card.text
+
+
+def test_settings_from_elsewhere_are_text(tmp_path):
+    folder = make_folder(tmp_path / "run", raw={"optimizer": "<b>x</b> | [y](http://z)"})
+    assert r"\<b\>x\</b\> \| \[y\](http\://z), learning rate" in render_card(folder)
+
+
+def test_configurations_may_be_silent(tmp_path):
+    folder = make_folder(tmp_path / "run", recorded=False, unet={"sample_size": None})
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    text = render_card(folder)
+    assert "predicts `epsilon`; the noise schedule is `linear` with 1000" in text
+    assert "of any size of" in text
 
 
 def test_a_pipeline_that_was_not_trained_here(tmp_path):

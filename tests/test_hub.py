@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from ddpm_hf import DDPMPipeline, build_scheduler
-from ddpm_hf.card import MARK
+from ddpm_hf.card import MARK, public_settings
 from ddpm_hf.config import TrainingConfig
 from ddpm_hf.errors import InputError
-from ddpm_hf.hub import check_pipeline, files_to_push, is_repo, public_settings
+from ddpm_hf.hub import check_pipeline, files_to_push, is_repo
 
 from .hub_server import run_client
 
@@ -45,7 +45,7 @@ def push(hub, tmp_path, code, *arguments, token="hf_write"):
         import sys
         from pathlib import Path
         from ddpm_hf.errors import InputError
-        from ddpm_hf.hub import push_to_hub, fetch_checkpoint
+        from ddpm_hf.hub import push_to_hub
         folder = Path(sys.argv[1])
 
         def told(act, *arguments, **options):
@@ -72,7 +72,7 @@ def test_a_push_is_one_commit_of_what_may_leave(hub_server, saved, tmp_path):
     assert b'from_pretrained("org/name")' in head.tree["README.md"]
     settings = json.loads(head.tree["config.json"])
     assert settings["snr_gamma"] == 5.0
-    assert settings["train_data_dir"] == tmp_path.name
+    assert settings["train_data_dir"] == f"./{tmp_path.name}"
     everything = b"".join(head.tree.values())
     assert str(tmp_path).encode() not in everything
     assert b"stays here" not in everything
@@ -130,6 +130,7 @@ def test_what_a_person_can_get_wrong_is_a_line_each_and_nothing_is_pushed(
         told(push_to_hub, folder, "org/tagged", tag="v1")
         told(push_to_hub, folder, "a/b/c")
         told(push_to_hub, folder, "org/open", tag="v1", create_pr=True)
+        told(push_to_hub, folder, "org/open", tag="no tag")
         told(push_to_hub, folder / "logs", "org/open")
         told(push_to_hub, folder / "nowhere", "org/open")
         told(push_to_hub, folder, "org/name", token="hf_wrong")
@@ -144,7 +145,8 @@ def test_what_a_person_can_get_wrong_is_a_line_each_and_nothing_is_pushed(
             "cannot push to 'stranger/name': you may not",
             "org/tagged has a tag 'v1' already",
             "no name of a repo is like this",
-            "leave out tag or create_pr",
+            "leave out create_pr",
+            "tag must be letters",
             "holds no pipeline yet",
             "is no folder",
             "the token is not valid",
@@ -236,7 +238,7 @@ def test_only_safetensors_are_pushed(tiny_unet, tmp_path):
     weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     weights.unlink()
     torch.save({}, weights.with_suffix(".bin"))
-    with pytest.raises(InputError, match="unet has no safetensors"):
+    with pytest.raises(InputError, match="unet has no diffusion_pytorch_model.safetensors"):
         check_pipeline(tmp_path)
     assert not [path for path in files_to_push(tmp_path) if path.suffix == ".bin"]
 
@@ -247,22 +249,26 @@ def test_pickles_are_neither_saved_nor_pushed(tiny_unet, tmp_path):
         pipe.save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(InputError, match="safe_serialization must be True"):
         pipe.push_to_hub("org/name", safe_serialization=False)
-    with pytest.raises(InputError, match="subfolder"):
+    with pytest.raises(InputError, match="leave out subfolder and variant"):
         pipe.push_to_hub("org/name", subfolder="x")
 
 
 def test_settings_that_leave(tmp_path):
     settings = vars(
         TrainingConfig(
-            dataset_name="org/set", init_from=str(tmp_path), output_dir="/home/me", seed=3
+            dataset_name="org/set",
+            init_from=str(tmp_path),
+            output_dir="/home/me",
+            seed=3,
+            model_config_name_or_path=str(tmp_path),
         )
     )
     public = public_settings(settings)
     assert public["dataset_name"] == "org/set"
-    assert public["init_from"] == tmp_path.name
+    assert public["init_from"] == f"./{tmp_path.name}"
     assert public["seed"] == 3
     assert not {"output_dir", "cache_dir", "hub_model_id"} & set(public)
-    assert public_settings({"train_data_dir": "../private/dir"})["train_data_dir"] == "dir"
+    assert public_settings({"train_data_dir": "../private/dir"})["train_data_dir"] == "./dir"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Starting from another model: its settings, its weights, and what does not fit."""
 
 import json
-import textwrap
+import shutil
+import sys
 
 import diffusers
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from ddpm_hf import DDPMPipeline, TrainingConfig, build_scheduler, train
 from ddpm_hf.config import parse_config
 from ddpm_hf.errors import InputError
-from ddpm_hf.origin import read_origin
+from ddpm_hf.origin import settings_of_origin
 
 from .conftest import quick_settings_in
 from .hub_server import run_client
@@ -85,7 +86,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(trained, tmp_pa
 def test_a_pipeline_without_a_recipe_decides_network_and_process(tiny_unet, tmp_path):
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=500, variance_type="fixed_large_log")
     diffusers.DDPMPipeline(tiny_unet, scheduler).save_pretrained(tmp_path)
-    assert read_origin(str(tmp_path)) == {
+    assert settings_of_origin(str(tmp_path)) == {
         "model_config_name_or_path": str(tmp_path),
         "resolution": "8",
         "image_mode": "L",
@@ -99,14 +100,17 @@ def test_a_pipeline_without_a_recipe_decides_network_and_process(tiny_unet, tmp_
 
 def test_words_on_disk_and_ours(tiny_unet, tmp_path):
     DDPMPipeline(tiny_unet, build_scheduler(ddpm_beta_schedule="laplace")).save_pretrained(tmp_path)
-    assert read_origin(str(tmp_path))["ddpm_beta_schedule"] == "laplace"
+    assert settings_of_origin(str(tmp_path))["ddpm_beta_schedule"] == "laplace"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (dict(variance_type="learned"), "variance 'learned', which training has no word for"),
-        (dict(trained_betas=[0.1, 0.2]), "table of betas, which training has no word for"),
+        (dict(trained_betas=[0.1] * 1000), "table of betas, which training has no word for"),
+        (dict(trained_betas=[0.1, 0.2]), "must be num_train_timesteps=1000 numbers"),
+        (dict(_ddpm_hf=None, trained_betas=[0.1] * 1000), "cannot start from"),
+        (dict(variance_type=[1]), "cannot start from"),
     ],
 )
 def test_a_process_without_a_word_is_refused(tiny_unet, tmp_path, change, message):
@@ -114,38 +118,66 @@ def test_a_process_without_a_word_is_refused(tiny_unet, tmp_path, change, messag
     path = tmp_path / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match=message):
-        read_origin(str(tmp_path))
+        settings_of_origin(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "holds no pipeline"), ("{", "cannot read unet/config.json"), ("3", "JSON object")],
+    [(None, "holds no pipeline"), ("{", "config.json cannot be read"), ("3", "JSON object")],
 )
 def test_a_folder_that_is_no_pipeline(tmp_path, text, message):
     if text is not None:
         (tmp_path / "unet").mkdir()
         (tmp_path / "unet" / "config.json").write_text(text)
     with pytest.raises(InputError, match=message):
-        read_origin(str(tmp_path))
+        settings_of_origin(str(tmp_path))
 
 
-def test_a_model_of_the_hub(hub_server, tmp_path):
-    hub_server.add(
-        "google/ddpm",
-        {
-            "unet/config.json": b'{"sample_size": [28, 32], "in_channels": 3}',
-            "scheduler/scheduler_config.json": b'{"beta_schedule": "linear"}',
-        },
-    )
-    script = """
-        from ddpm_hf.errors import InputError
-        from ddpm_hf.origin import read_origin
-        print(read_origin("google/ddpm")["resolution"])
-        try:
-            read_origin("google/none")
-        except InputError as error:
-            print(error)
-        """
-    size, error = run_client(hub_server, tmp_path, textwrap.dedent(script)).splitlines()
-    assert size == "28x32"
-    assert error.startswith("cannot start from 'google/none'")
+@pytest.mark.slow
+def test_a_run_goes_on_when_its_origin_is_gone(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "origin-folder")
+    pinned = [f"--{name}={value}" for name, value in PINNED.items()]
+    words = ["--from", "origin-folder", "--output_dir", "second", *pinned, "--logger", "none"]
+    train(parse_config([*words, "--max_train_steps", "1"]))
+    shutil.rmtree("origin-folder")
+    result = train(parse_config([*words, "--max_train_steps", "2"]))
+    assert result.step == 2
+    with pytest.raises(InputError, match="cannot start from 'origin-folder'"):
+        parse_config(["--from", "origin-folder", "--output_dir", "third"])
+
+
+def test_weights_without_the_recipe_are_refused():
+    with pytest.raises(InputError, match="use TrainingConfig.from_model.'org/x', "):
+        TrainingConfig(init_from="org/x")
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_model_of_the_hub(hub_server, tiny_unet, tmp_path, flat):
+    """`flat`: all files at the root, like google/ddpm-cifar10-32; else private, by --hub_token."""
+    scheduler = diffusers.DDPMScheduler(variance_type="fixed_large")
+    diffusers.DDPMPipeline(tiny_unet, scheduler).save_pretrained(tmp_path / "saved")
+    files = {
+        path.relative_to(tmp_path / "saved").as_posix(): path.read_bytes()
+        for path in (tmp_path / "saved").rglob("*")
+        if path.is_file()
+    }
+    if flat:
+        files = {name.split("/")[-1]: content for name, content in files.items()}
+    hub_server.add("google/ddpm", files)
+    hub_server.add("org/ddpm", files, private=True)
+    name = "google/ddpm" if flat else "org/ddpm"
+    settings = quick_settings_in(tmp_path) | dict(max_train_steps=1)
+    words = [f"--{key}={value}" for key, value in settings.items() if key != "preset"]
+    entry = "import sys; from ddpm_hf.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", entry, "train", "--from", name, *words]
+    token = [] if flat else ["--hub_token", "hf_read"]
+    said = run_client(hub_server, tmp_path / "home", [*command, *token], token=None)
+    assert f"Started from the weights of {name}" in said
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (settings["init_from"], settings["prediction_type"]) == (name, "epsilon")
+    assert f"base_model: {name}" in (tmp_path / "run" / "README.md").read_text()
+
+    missing = [*command[:5], "google/none"]
+    said = run_client(hub_server, tmp_path / "home", missing, token=None, expect=2)
+    assert "cannot start from 'google/none'" in said

@@ -3,7 +3,6 @@
 import json
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
@@ -37,9 +36,12 @@ def test_a_run_pushes_while_it_trains_and_its_token_stays_nowhere(tmp_path):
     model, kept = (hub.repos["model", f"org/{name}"] for name in ("fashion", "fashion-checkpoints"))
     assert model.private
     assert kept.private
-    # One step in four is a milestone, and the end is. Pushes that wait for others may be replaced.
-    assert "step-4" in model.tags
+    assert set(model.tags) == {"step-3", "step-4"}  # one step in three, and the end
     assert model.tags["step-4"] == model.branches["main"]
+    milestone = model.tree("step-3")
+    assert json.loads(milestone["training.json"])["step"] == 3
+    assert {row["step"] for row in json.loads(milestone["results.json"])} == {3}
+    assert "samples/grid.png" not in milestone
     assert set(model.tree()) == {
         ".gitattributes", "README.md", "config.json", "loss_curve.png", "model_index.json",
         "results.json", "samples/grid.png", "scheduler/scheduler_config.json", "training.json",
@@ -100,6 +102,7 @@ def test_what_would_fail_later_is_said_before_training(hub_server, tmp_path):
             dict(push_checkpoints=True, hub_model_id="org/open"),
             dict(resume_from_checkpoint="org/none"),
             dict(resume_from_checkpoint="org/open"),
+            dict(push_to_hub=True, hub_model_id="my model"),
         ):
             try:
                 train(TrainingConfig(**settings | more))
@@ -117,6 +120,7 @@ def test_what_would_fail_later_is_said_before_training(hub_server, tmp_path):
             "org/open-checkpoints is public, and should be private",
             "cannot resume from 'org/none'",
             "org/open holds no checkpoint",
+            "no name of a repo is like this",
         ],
         strict=True,
     ):
@@ -130,12 +134,9 @@ def test_another_machine_goes_on_bit_for_bit(hub_server, tmp_path):
     straight = quick_settings_in(tmp_path / "straight") | dict(learning_rate=1e-3) | profiles
     train(TrainingConfig(**straight))
 
-    first = command(
-        tmp_path / "here", max_train_steps=2, push_checkpoints=True, hub_model_id="org/run",
-        **profiles,
-    )  # fmt: skip
-    run_client(hub_server, tmp_path / "home", first)
-    there = command(tmp_path / "there", resume_from_checkpoint="org/run-checkpoints", **profiles)
+    kept = profiles | dict(push_checkpoints=True, hub_model_id="org/run")
+    run_client(hub_server, tmp_path / "home", command(tmp_path / "here", max_train_steps=2, **kept))
+    there = command(tmp_path / "there", **kept)  # the same command, elsewhere
     said = run_client(hub_server, tmp_path / "other-home", there)
     assert "Fetched checkpoint-2 from org/run-checkpoints" in said
     assert "Going on from checkpoint-2, 2 of 4 steps done" in said
@@ -152,67 +153,54 @@ def test_another_machine_goes_on_bit_for_bit(hub_server, tmp_path):
         for name in ("straight", "there")
     ]
     assert snapshots[0] == snapshots[1]
-    # The same command again finds its own checkpoint newer.
+    # Again, there: its own checkpoint is as new.
     again = run_client(hub_server, tmp_path / "other-home", there)
-    assert "checkpoint-4 here is as new as checkpoint-2 of org/run-checkpoints" in again
+    assert "checkpoint-4 here is as new as checkpoint-4 of org/run-checkpoints" in again
+    third = command(tmp_path / "third", resume_from_checkpoint="org/run-checkpoints", **profiles)
+    said = run_client(hub_server, tmp_path / "third-home", third)
+    assert "Fetched checkpoint-4 from org/run-checkpoints" in said
+    # Another run does not take its place by mistake.
+    other = command(tmp_path / "fourth", seed=1, **kept)
+    said = run_client(hub_server, tmp_path / "home", other, expect=2)
+    assert "holds a checkpoint of another run: seed is 0 there. Name another" in said
+    assert not (tmp_path / "fourth").exists()
 
 
-@pytest.fixture
-def pushed_run(tmp_path):
-    """A run of two steps in a folder."""
+def test_checkpoints_that_cannot_be_gone_on_from(hub_server, tmp_path):
     settings = quick_settings_in(tmp_path / "first") | dict(max_train_steps=2)
-    return train(TrainingConfig(**settings)).output_dir
-
-
-def test_checkpoints_that_cannot_be_gone_on_from(hub_server, pushed_run, tmp_path):
-    train(TrainingConfig(**quick_settings_in(tmp_path / "other") | dict(seed=5, max_train_steps=1)))
+    run = train(TrainingConfig(**settings)).output_dir
     script = """
         import sys
         from pathlib import Path
+        from ddpm_hf import TrainingConfig
         from ddpm_hf.errors import InputError
         from ddpm_hf.hub import fetch_checkpoint, push_checkpoint
-        first, other, empty = map(Path, sys.argv[1:])
-        push_checkpoint(first, first / "checkpoint-2", "org/kept")
-        def told(folder):
-            try:
-                print(fetch_checkpoint("org/kept", folder))
-            except InputError as error:
-                print(error)
-        told(other / "run")
-        told(empty)
-        """
-    code = [sys.executable, "-c", textwrap.dedent(script), pushed_run, tmp_path / "other"]
-    lines = run_client(hub_server, tmp_path / "home", [*map(str, code), str(tmp_path / "new")])
-    another, fetched = lines.splitlines()
-    assert "is another one than that of org/kept: they differ in seed" in another
-    assert not (tmp_path / "other" / "run" / "checkpoint-2").exists()
-    assert fetched == "Fetched checkpoint-2 from org/kept"
-    assert (tmp_path / "new" / "checkpoint-2" / "unet.safetensors").is_file()
+        run, new, name = sys.argv[1:]
+        if name == "org/kept":
+            push_checkpoint(Path(run), Path(run) / "checkpoint-2", name)
+        try:
+            config = TrainingConfig(**SETTINGS | dict(output_dir=new))
+            print(fetch_checkpoint(name, config))
+        except InputError as error:
+            print(error)
+        """.replace("SETTINGS", repr(settings))
+    code = [sys.executable, "-c", textwrap.dedent(script), str(run)]
 
-    kept = hub_server.repos["model", "org/kept"]
-    tree = dict(kept.tree())
-    tree["checkpoint-2/unet.safetensors"] += b"x"
-    damaged = hub_server.add("org/damaged", tree)
-    bare = hub_server.add("org/bare", {k: v for k, v in tree.items() if k != "config.json"} | {
-        "checkpoint-2/unet.safetensors": kept.tree()["checkpoint-2/unet.safetensors"]
-    })  # fmt: skip
-    script = """
-        import sys
-        from pathlib import Path
-        from ddpm_hf.errors import InputError
-        from ddpm_hf.hub import fetch_checkpoint
-        for name in sys.argv[2:]:
-            try:
-                print(fetch_checkpoint(name, Path(sys.argv[1])))
-            except InputError as error:
-                print(error)
-        """
-    code = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "fresh")]
-    lines = run_client(hub_server, tmp_path / "home", [*code, damaged.id, bare.id])
-    broken, without = lines.splitlines()
-    assert "is damaged: unet.safetensors has changed" in broken
-    assert "org/bare holds no settings of a run" in without
-    assert not list(Path(tmp_path / "fresh").glob("*"))
+    def fetch(name, folder):
+        return run_client(hub_server, tmp_path / "home", [*code, str(tmp_path / folder), name])
+
+    assert fetch("org/kept", "new") == "Fetched checkpoint-2 from org/kept\n"
+    weights = "checkpoint-2/unet.safetensors"
+    (tmp_path / "new" / weights).write_bytes(b"damaged here")
+    assert fetch("org/kept", "new") == "Fetched checkpoint-2 from org/kept\n"
+    tree = hub_server.repos["model", "org/kept"].tree()
+    assert (tmp_path / "new" / weights).read_bytes() == tree[weights]
+
+    hub_server.add("org/damaged", tree | {weights: tree[weights] + b"x"})
+    assert "is damaged: unet.safetensors has changed" in fetch("org/damaged", "fresh")
+    hub_server.add("org/bare", {k: v for k, v in tree.items() if k != "config.json"})
+    assert "org/bare holds no settings of a run" in fetch("org/bare", "fresh")
+    assert not (tmp_path / "fresh").exists()
 
 
 @pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -38,6 +38,8 @@ def explained(cause):
         (explained(AnswerError(412)), True),
         (explained(AnswerError(403)), False),
         (explained(ConnectionError("no route")), True),
+        (explained(ConnectionError("404 xet-write-token")), False),
+        (explained(ValueError("no name")), False),
         (ConnectionError("no route"), True),
         (InputError("no pipeline"), False),
     ],
@@ -102,7 +104,7 @@ def test_what_cannot_pass_is_given_up_at_once_and_said(monkeypatch):
 
     def push():
         tries.append(1)
-        raise InputError("you may not, hf_SECRETsecret")
+        raise InputError("you may not, hf_SECRETsecretSECRETsecret")
 
     pushes = BackgroundPush(said.append)
     pushes.submit("model", "the model of step 3", push, nothing)
@@ -111,6 +113,20 @@ def test_what_cannot_pass_is_given_up_at_once_and_said(monkeypatch):
     assert pushes.failed == {"model": "the model of step 3: you may not, ***"}
     (line,) = said
     assert "the model of step 3 could not be pushed, training goes on (you may not, ***)" in line
+
+
+def test_an_older_push_is_not_told_for_one_that_failed():
+    over = threading.Event()
+
+    def push():
+        raise InputError("you may not")
+
+    pushes = BackgroundPush(lambda line: None)
+    pushes.submit("model", "old", lambda: "old answer", over.set)
+    assert over.wait(10)
+    pushes.submit("model", "new", push, nothing)
+    assert not pushes.close(10)
+    assert pushes.done == {}
 
 
 def test_the_end_does_not_wait_for_a_pause_but_tries_once_more(monkeypatch):

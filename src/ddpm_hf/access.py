@@ -73,7 +73,7 @@ def scrubbed(text: str, token: str | bool | None = None) -> str:
         if isinstance(secret, str) and secret:
             text = text.replace(secret, "***")
     # Not the middle of a name: ddpm_hf_cats is one.
-    return re.sub(r"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]+", "***", text)
+    return re.sub(r"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{20,}", "***", text)
 
 
 def endpoint() -> str:

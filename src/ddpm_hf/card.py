@@ -13,9 +13,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from . import __version__
 from .checkpoint import CONFIG, write_text
-from .config import EMBEDDED
+from .config import EMBEDDED, OF_THIS_MACHINE
 from .errors import InputError
 from .results import Result, read_record, read_results
 
@@ -26,6 +25,17 @@ MARK = "<!-- Written by ddpm_hf, anew at every push: delete this line to keep yo
 """A card without it was written, or edited, by a person, and is left alone."""
 
 EMBEDDED_NAME = "Fashion-MNIST, from the ddpm_hf package (MIT licence, Zalando SE)"
+PATHS = ("dataset_name", "train_data_dir", "model_config_name_or_path", "init_from", "recipe")
+"""Settings that may be paths."""
+
+PROCESS_DEFAULTS = {
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "variance_type": "fixed_small",
+    "beta_schedule": "linear",
+}
+"""What diffusers' DDPMScheduler takes where a configuration is silent."""
+
 SPECIAL = re.compile(r"([\\`*_\[\]|<>&~$@]|:(?=//)|(?<=www)\.)")
 
 
@@ -61,59 +71,69 @@ def write_card(folder: Path) -> Path:
     return path
 
 
-def render_card(folder: Path, repo: str | None = None, *, license: str | None = None) -> str:
+def render_card(
+    folder: Path,
+    repo: str | None = None,
+    *,
+    license: str | None = None,
+    data_license: str | None = None,
+) -> str:
     """The card of the pipeline in a folder.
 
     Args:
         folder: A pipeline, with the files of its run beside it where it has one.
         repo: Where people will load it from; by default the folder's name.
         license: Of the weights; by default that of the settings, or of the embedded images.
+        data_license: Of the training images, as their page on the Hub states it.
 
     Raises:
         InputError: there is no pipeline in the folder, or a file in it that cannot be read.
     """
-    unet, process = (
-        read_config(folder / "unet" / CONFIG),
-        read_config(folder / "scheduler" / "scheduler_config.json"),
-    )
+    unet = read_config(folder / "unet" / CONFIG)
+    process = read_config(folder / "scheduler" / "scheduler_config.json")
     if unet is None or process is None:
         raise InputError(f"{folder} holds no pipeline: it has no unet or no scheduler")
-    settings = read_config(folder / CONFIG)
-    record, results = read_record(folder), read_results(folder)
-    repo, extras = repo or folder.resolve().name, process.get("_ddpm_hf", {})
-    settings = settings if settings and "dataset_name" in settings else None
-    data = dataset_of(settings or {})
-    size = unet["sample_size"]
+    process = PROCESS_DEFAULTS | {key: value for key, value in process.items() if value is not None}
+    settings = read_config(folder / CONFIG) or {}
+    settings = public_settings(settings) if "snr_gamma" in settings else {}
+    record, extras = read_record(folder), process.get("_ddpm_hf", {})
+    step = record.step if record else None
+    results = [row for row in read_results(folder) if row.step in (None, step)]
+    name, data, base = (repo or folder.resolve().name), dataset_of(settings), base_model(settings)
+    model_name = name.split("/")[-1]
     card = ModelCard.from_template(
         ModelCardData(
             library_name="diffusers",
             pipeline_tag=TASK,
-            license=license or (settings or {}).get("license") or data["license"],
+            license=license or settings.get("license") or data["license"],
             datasets=[data["id"]] if data["id"] else None,
-            base_model=base_model(settings or {}),
+            base_model=base,
             tags=TAGS,
-            model_name=repo.split("/")[-1],
+            model_name=model_name,
             eval_results=[eval_result(row) for row in results] or None,
         ),
         template_path=str(card_template()),
         mark=MARK,
         escape=escape,
         code=code,
-        model_name=repo.split("/")[-1],
-        repo=json.dumps(repo),
-        version=__version__,
-        size=f"{size}x{size}" if isinstance(size, int) else "x".join(map(str, size)),
-        channels=unet["in_channels"],
+        model_name=model_name,
+        repo=json.dumps(name),
+        size=size_name(unet.get("sample_size")),
+        channels=unet.get("in_channels", 3),
         conditional=unet.get("num_class_embeds") is not None,
         class_names=extras.get("class_names", []),
         null_class=extras.get("null_class", True),
         process=process,
         schedule=schedule_name(process, extras),
-        timesteps=process["num_train_timesteps"],
-        settings=settings,
-        base_model=base_model(settings or {}),
+        timesteps=int(process["num_train_timesteps"]),
+        settings={key: escape(value) for key, value in settings.items()},
+        recipe=settings.get("recipe"),
+        weighted=settings.get("snr_gamma") and settings.get("loss") != "vlb",
+        averaged=settings.get("use_ema"),
+        base_model=base,
         record=record,
         data=data,
+        data_license=data["license"] or data_license,
         results=results,
         has_grid=(folder / "samples" / "grid.png").is_file(),
         has_curve=(folder / "loss_curve.png").is_file(),
@@ -138,27 +158,63 @@ def read_config(path: Path) -> dict[str, Any] | None:
     return found
 
 
+def located(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in which a path is a whole one, so that it is no id on the Hub from elsewhere."""
+
+    def whole(value: Any) -> Any:
+        is_here = isinstance(value, str) and value != EMBEDDED and Path(value).exists()
+        return str(Path(value).absolute()) if is_here else value
+
+    return settings | {key: whole(settings.get(key)) for key in PATHS}
+
+
+def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings without what only concerns its machine; of a path only the last name."""
+    kept = {key: value for key, value in settings.items() if key not in OF_THIS_MACHINE}
+    for key in PATHS:
+        if isinstance(value := kept.get(key), str) and _is_path(value):
+            kept[key] = f"./{Path(value).name}"
+    return kept
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is a place on a disk, not an id on the Hub or a word of ours."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is None
+
+
 def dataset_of(settings: dict[str, Any]) -> dict[str, str | None]:
     """What a card may say about the training images: a path on a disk is not named.
 
     Returns:
         `id` on the Hub if it is there, `name` in plain text, `text` as Markdown, `license`.
     """
-    name = settings.get("dataset_name") or ""
-    if name == EMBEDDED:
+    if settings.get("dataset_name") == EMBEDDED:
         embedded = {"name": "Fashion-MNIST (embedded)", "text": EMBEDDED_NAME}
         return {"id": None, "license": "mit", **embedded}
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists():
+    if name := hub_dataset(settings):
         url = f"https://huggingface.co/datasets/{name}"
         return {"id": name, "name": name, "text": f"[{escape(name)}]({url})", "license": None}
     local = "a local image set"
     return {"id": None, "name": local, "text": local, "license": None}
 
 
+def hub_dataset(settings: dict[str, Any]) -> str | None:
+    """The id on the Hub of the training images; None of others."""
+    name = settings.get("dataset_name")
+    return None if not name or name == EMBEDDED or _is_path(name) else name
+
+
 def base_model(settings: dict[str, Any]) -> str | None:
-    """The Hub's id of the model that training started from; a local folder is not named."""
-    name = settings.get("init_from") or ""
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
+    """The id on the Hub of the model that training started from; a local folder is not named."""
+    name = settings.get("init_from")
+    return None if not name or _is_path(name) else name
+
+
+def size_name(sample_size: Any) -> str:
+    """A UNet2DModel's sample_size in words."""
+    if isinstance(sample_size, list):
+        return "x".join(str(int(side)) for side in sample_size)
+    return f"{int(sample_size)}x{int(sample_size)}" if sample_size else "any size of"
 
 
 def schedule_name(process: dict[str, Any], extras: dict[str, Any]) -> str:

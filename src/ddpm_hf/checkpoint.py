@@ -385,7 +385,7 @@ def clear_run(directory: Path) -> None:
     settings = read_settings(directory)
     if settings is None:
         return
-    folders = ["unet", "scheduler", "samples", "ema"]
+    folders = ["unet", "scheduler", "samples", "ema", "origin"]
     logs = Path(settings["logging_dir"])
     if logs.parts and not logs.is_absolute() and ".." not in logs.parts:  # inside the run's folder
         folders.append(logs)

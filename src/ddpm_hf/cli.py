@@ -7,6 +7,7 @@ mend, said in one line; 75 stopped by a signal with the state saved.
 
 import argparse
 import json
+import math
 import os
 import sys
 from contextlib import nullcontext, redirect_stdout
@@ -21,11 +22,8 @@ def train_command(argv: list[str], prog: str = "ddpm-hf train") -> Any:
     """Train; the flags are the fields of TrainingConfig."""
     from .config import parse_command
 
+    use_token(argv)
     config, command = parse_command(argv, prog)
-    if command.hub_token:
-        os.environ["HF_TOKEN"] = command.hub_token
-        # Trackers store the command line.
-        sys.argv = [word.replace(command.hub_token, "***") for word in sys.argv]
     if int(os.environ.get("RANK", 0)) == 0:
         for line in command.explain(config):
             print(line, file=sys.stderr)
@@ -35,6 +33,19 @@ def train_command(argv: list[str], prog: str = "ddpm-hf train") -> Any:
     from .training import train
 
     return train(config)
+
+
+def use_token(argv: list[str]) -> None:
+    """Let the calls of this process have the value of --hub_token, and nobody else.
+
+    Before anything is read from the Hub, and before trackers store the command line.
+    """
+    for i, word in enumerate(argv):
+        flag, _, value = word.partition("=")
+        value = value or "".join(argv[i + 1 : i + 2])
+        if flag in ("--hub_token", "--hub-token") and value:
+            os.environ["HF_TOKEN"] = value
+            sys.argv = [word.replace(value, "***") for word in sys.argv]
 
 
 def sample_command(argv: list[str]) -> Any:
@@ -203,13 +214,15 @@ def plain(value: Any) -> Any:
         return {name: plain(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no such numbers
     return str(value) if isinstance(value, Path) else value
 
 
 def run(command, argv: list[str], name: str) -> int:
     """Run a command; an error that has its words becomes one line and an exit code."""
     share_cores()
-    as_json = "--json" in argv
+    as_json, output = "--json" in argv, sys.stdout
     argv = [word for word in argv if word != "--json"]
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         try:
@@ -220,6 +233,10 @@ def run(command, argv: list[str], name: str) -> int:
             code = EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
         except Stopped as stopped:
             answer, code = {"error": f"stopped by {stopped}"}, stopped.code
+        except Exception as error:
+            if as_json:
+                print(json.dumps({"error": repr(error)}), file=output)
+            raise
     if as_json and int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(answer))
     return code
@@ -239,5 +256,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _verb(argv: list[str]) -> Any:
+    if not argv:
+        raise InputError(f"name a verb: {', '.join(VERBS)}")
     check_choice("verb", argv[0], VERBS)
     return VERBS[argv[0]](argv[1:])

@@ -5,13 +5,14 @@ command-line words and parsed once, so that a type is checked in one place where
 from (YAML reads `1e-4` as text). Imports neither torch nor diffusers: `--help` is instant.
 """
 
+import json
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from .errors import InputError, check_choice, did_you_mean
-from .origin import OF_ORIGIN, read_origin
+from .origin import KEPT, OF_ORIGIN, settings_of_origin
 from .presets import BETA_SCHEDULES, DEFAULT_PROCESS, PRESETS, beta_range, unet_config
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -371,6 +372,11 @@ class TrainingConfig:
 
     def _check_combinations(self) -> None:
         """Raise InputError for settings that exclude each other, or are no words of ours."""
+        if self.init_from and not self.model_config_name_or_path:
+            raise InputError(
+                "init_from alone takes neither recipe nor network from a model: use "
+                f"TrainingConfig.from_model({self.init_from!r}, ...)"
+            )
         if self.push_steps and not self.push_to_hub:
             raise InputError("push_steps has no effect without --push_to_hub: add it")
         learned = self.variance_type == "learned_range"
@@ -461,6 +467,8 @@ class TrainingConfig:
     def from_model(cls, name: str, **settings) -> "TrainingConfig":
         """What `--from` does: start from a model, with its recipe and some settings changed.
 
+        How the new model samples (clipping, spacing of the timesteps) is this package's default.
+
         Args:
             name: Id of a repository on the Hub, or a folder.
             settings: As in `from_recipe`; `recipe` takes the place of the model's own.
@@ -531,16 +539,34 @@ def read_recipe(name: str) -> dict[str, Any]:
     return settings
 
 
-def settings_of_origin(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+def find_kept_origin(name: str, output_dir: str | None, recipe: str) -> tuple[Path | None, str]:
+    """What a run that started from a model keeps of it, so that it goes on when that is gone.
+
+    Returns:
+        The folder in that of the run, None before its first start, and the model's name as it was
+        then: a folder's whole path, or an id.
+    """
+    full = str(Path(name).absolute())
+    run_dir = Path(output_dir or Path("out") / Path(recipe).stem)
+    try:
+        before = json.loads((run_dir / "config.json").read_text()).get("init_from")
+    except (OSError, ValueError, AttributeError):
+        before = None
+    if before in (name, full) and (run_dir / KEPT).is_dir():
+        return run_dir / KEPT, before
+    return None, full if Path(name).is_dir() else name
+
+
+def recipe_of_origin(name: str, source: Path | None, recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe for going on from a model: `recipe` or the model's own, its network and process.
 
     What it says of its machine, and settings that this version does not know, are left out.
 
     Raises:
-        InputError: as `read_origin`.
+        InputError: as `settings_of_origin`.
     """
     left_out = {*OF_THIS_MACHINE, *OF_SPEED, "recipe", "init_from", "license"}
-    found, own = read_origin(name), set(field_names()) - left_out
+    found, own = settings_of_origin(name, source), set(field_names()) - left_out
     kept = {key: value for key, value in found.items() if key in own}
     process = {key: kept[key] for key in OF_ORIGIN}
     return (recipe or kept) | process
@@ -623,8 +649,10 @@ def parse_command(
     origin = given.get("init_from")
     settings = read_recipe(recipe) if given.get("recipe") or not origin else {}
     if origin:
-        settings = settings_of_origin(origin, settings)
         recipe = given.get("recipe") or f"from-{Path(origin).name}"
+        kept, origin = find_kept_origin(origin, given.get("output_dir"), recipe)
+        settings = recipe_of_origin(origin, kept, settings)
+        argv = [*argv, "--init_from", origin]
     if names_data:  # the user's images, not the recipe's
         for name in ("dataset_name", "dataset_config_name", "train_data_dir"):
             settings.pop(name, None)
@@ -645,7 +673,7 @@ def parse_command(
     return config, command
 
 
-DECISIVE = ("recipe", "preset", "dataset_name", "train_data_dir", "init_from")
+DECISIVE = ("recipe", "preset", "dataset_name", "train_data_dir", "init_from", "output_dir")
 
 
 def _given(argv: list[str]) -> dict[str, str]:

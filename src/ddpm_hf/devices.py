@@ -92,6 +92,8 @@ def on_main(act: Callable[[], Any]) -> Any:
             answer = act()
         except InputError as error:
             answer = error
+        except OSError as error:
+            answer = InputError(f"cannot write: {error}")
     (answer,) = broadcast_object_list([answer])
     if isinstance(answer, InputError):
         raise answer

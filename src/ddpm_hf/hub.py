@@ -11,6 +11,8 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,24 +20,35 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    errors,
     hf_hub_download,
     snapshot_download,
 )
 
 from .access import explained_hub, warn_insecure_endpoint
-from .card import MARK, read_config, render_card
+from .card import (
+    MARK,
+    PATHS,
+    hub_dataset,
+    located,
+    public_settings,
+    read_config,
+    render_card,
+)
 from .checkpoint import (
     CONFIG,
     IDENTITY,
     METRICS,
     NAME,
+    damage,
     list_checkpoints,
     read_settings,
     step_of,
     verify,
 )
-from .config import OF_THIS_MACHINE, TrainingConfig
+from .config import TrainingConfig
 from .errors import InputError
+from .origin import KEPT
 from .results import RESULTS, TRAINING
 from .uploads import may_pass
 
@@ -50,9 +63,6 @@ PUBLIC = (
     TRAINING,
 )
 """What a push takes from a folder, beside the card and the recipe, which it writes itself."""
-
-PATHS = ("dataset_name", "train_data_dir", "model_config_name_or_path", "init_from", "recipe")
-"""Settings that may be paths: of a path only the last name leaves this machine."""
 
 
 class Pushed(NamedTuple):
@@ -86,8 +96,8 @@ def push_to_hub(
 ) -> Pushed:
     """Push the pipeline in a folder, with its card, recipe and results, as one commit.
 
-    Whatever else stands in the repository's `unet` and `scheduler` goes in the same commit, so that
-    no old weights lie beside the new ones. A card there that a person has edited stays.
+    Whatever stands in the repository of another pipeline goes in the same commit, so that no old
+    weights or numbers lie beside the new ones. A card there that a person has edited stays.
 
     Args:
         folder: Of a run, or any folder that `save_pretrained` wrote.
@@ -104,31 +114,39 @@ def push_to_hub(
 
     Raises:
         InputError: nothing to push, no token, no permission, or a name, tag or repository that does
-            not fit; nothing has been pushed then.
+            not fit. No file has been pushed then; a repository may have been made, empty.
     """
     folder = Path(folder)
-    if create_pr and tag:
-        raise InputError("a pull request has no commit to tag yet: leave out tag or create_pr")
+    if create_pr and (tag or revision):
+        raise InputError("a pull request is to main and has no commit to tag: leave out create_pr")
     check_pipeline(folder)
+    for name, value in (("revision", revision), ("tag", tag)):
+        if value is not None and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", value):
+            raise InputError(f"{name} must be letters, digits, '.', '_' and '-'; got {value!r}")
+    stated = dataset_license(hub_dataset(read_config(folder / CONFIG) or {}), token)
+    card = partial(render_card, folder, license=license, data_license=stated)
+    card()  # what cannot be read is said before anything is made on the Hub
     api = HfApi(token=token)
     with explained_hub(repo, "push to", token=token):
         repo = prepare_repo(api, repo, private=private)
-        if revision is not None and not create_pr:
+        tag_stands = tag is not None and _tag_stands(api, repo, tag, move_tag)
+        if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        if tag is not None:
-            _free_tag(api, repo, tag, move_tag)
         there = api.list_repo_files(repo, revision=revision)
+        adds = list(files_of(folder))
+        if own := _own_card(api, folder, repo, revision, there):
+            adds += own
+        else:
+            adds.append(CommitOperationAdd("README.md", card(repo=repo).encode()))
         commit = api.create_commit(
             repo,
-            [
-                *files_of(folder),
-                *_card(api, folder, repo, revision, license, there),
-                *_stale(folder, there),
-            ],
+            [*adds, *_stale({add.path_in_repo for add in adds}, there)],
             commit_message=message or _message(folder),
             revision=revision,
             create_pr=create_pr,
         )
+        if tag_stands:
+            api.delete_tag(repo, tag=tag)
         if tag is not None:
             api.create_tag(repo, tag=tag, revision=commit.oid)
     return Pushed(repo, commit.pr_url or commit.commit_url, commit.oid, tag)
@@ -140,10 +158,11 @@ def check_pipeline(folder: Path) -> None:
         raise InputError(f"{folder} is no folder: name a run or a saved pipeline")
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder} holds no pipeline yet (no model_index.json): train it first")
-    if not any((folder / "unet").glob("*.safetensors")):
+    weights = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
+    if not any(weights.fullmatch(path.name) for path in (folder / "unet").glob("*")):
         raise InputError(
-            f"{folder}/unet has no safetensors, and no other weights are pushed: load it with "
-            "DDPMPipeline.from_pretrained and save it again"
+            f"{folder}/unet has no diffusion_pytorch_model.safetensors, and no other weights are "
+            "pushed: load it with DDPMPipeline.from_pretrained and save it again"
         )
 
 
@@ -154,32 +173,49 @@ def files_to_push(folder: Path) -> list[Path]:
     return [*files, card] if card.is_file() and MARK not in card.read_text() else files
 
 
-def open_hub(config: TrainingConfig) -> list[str]:
+def origin_files(name: str | None, token: str | None = None) -> Path | None:
+    """A folder with what lies beside a pipeline where it was loaded from, if that is known."""
+    if not name or Path(name).is_dir():
+        return Path(name) if name and (Path(name) / "model_index.json").is_file() else None
+    beside = [pattern for pattern in (*PUBLIC, CONFIG, "README.md") if "/*" not in pattern]
+    with explained_hub(name, "load the card of", token=token):
+        return Path(snapshot_download(name, token=token, allow_patterns=beside))
+
+
+def open_hub(config: TrainingConfig, *, afresh: bool) -> list[str]:
     """What a run does on the Hub before it begins: make its repositories, fetch its checkpoint.
+
+    Args:
+        config: The settings.
+        afresh: Leave a checkpoint that stands there alone; the run's own will replace it.
 
     Returns:
         Lines for the user.
 
     Raises:
-        InputError: a repository that this run may not write to or read from. One that cannot be
-            reached now is a line: training need not wait for it.
+        InputError: a repository that this run may not write to or read from, or a checkpoint of
+            another run. A Hub that cannot be reached now is a line where this run only pushes.
     """
-    lines = []
-    wanted = config.resume_from_checkpoint
-    if wanted and is_repo(wanted):
-        lines.append(fetch_checkpoint(wanted, config.run_dir))
-    repos = {config.hub_repo: config.hub_private_repo or None} if config.push_to_hub else {}
+    lines, wanted = [], config.resume_from_checkpoint or ""
+    private = config.hub_private_repo or None
+    repos = {config.hub_repo: private} if config.push_to_hub else {}
     if config.push_checkpoints:
         repos[checkpoint_repo(config.hub_repo)] = True
-    for repo, private in repos.items():
+    for name, private in repos.items():
         try:
-            with explained_hub(repo, "push to"):
-                prepare_repo(HfApi(), repo, private=private)
+            with explained_hub(name, "push to"):
+                repo = prepare_repo(HfApi(), name, private=private)
+            if name == checkpoint_repo(config.hub_repo) and not afresh:
+                # The same command again goes on, on a new machine too.
+                lines.append(fetch_checkpoint(repo, config, needed=False))
+                wanted = "" if wanted in (name, repo) else wanted
         except InputError as error:
             if not may_pass(error):
                 raise
             lines.append(f"Warning: {error}; training begins, pushes will try again")
-    return lines
+    if is_repo(wanted):
+        lines.append(fetch_checkpoint(wanted, config))
+    return [line for line in lines if line]
 
 
 def prepare_repo(api: HfApi, repo: str, *, private: bool | None) -> str:
@@ -210,52 +246,34 @@ def files_of(folder: Path) -> Iterator[CommitOperationAdd]:
         yield CommitOperationAdd(CONFIG, text.encode())
 
 
-def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings without what only concerns the machine that it ran on."""
-    kept = {key: value for key, value in settings.items() if key not in OF_THIS_MACHINE}
-    for key in PATHS:
-        value = kept.get(key)
-        if isinstance(value, str) and _is_path(value):
-            kept[key] = Path(value).name
-    return kept
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name is a place on this disk, not an id on the Hub or a word of ours."""
-    return Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
-
-
-def _card(
-    api: HfApi, folder: Path, repo: str, revision: str | None, license: str | None, there: list[str]
-) -> Iterator[CommitOperationAdd]:
-    """The card to upload: a person's from the folder, or ours unless a person edited it there."""
+def _own_card(
+    api: HfApi, folder: Path, repo: str, revision: str | None, there: list[str]
+) -> list[CommitOperationAdd]:
+    """A person's own card: that of the folder, or the one that stands there; else nothing."""
     local = folder / "README.md"
     if local.is_file() and MARK not in local.read_text():
-        yield CommitOperationAdd("README.md", local)
-        return
-    if "README.md" in there:
-        remote = hf_hub_download(repo, "README.md", revision=revision, token=api.token)
-        text = Path(remote).read_text()
-        if text.strip() and MARK not in text:
-            return
-    text = render_card(folder, repo, license=license)
-    yield CommitOperationAdd("README.md", text.encode())
+        return [CommitOperationAdd("README.md", local)]
+    if "README.md" not in there:
+        return []
+    remote = Path(hf_hub_download(repo, "README.md", revision=revision, token=api.token))
+    text = remote.read_text()
+    return [CommitOperationAdd("README.md", remote)] if text.strip() and MARK not in text else []
 
 
-def _stale(folder: Path, there: list[str]) -> Iterator[CommitOperationDelete]:
-    """Files of a pipeline in the repository that the new one does not have."""
+def _stale(pushed: set[str], there: list[str]) -> Iterator[CommitOperationDelete]:
+    """What a repository has of another pipeline than the one that is pushed."""
     for name in there:
-        if name.startswith(("unet/", "scheduler/")) and not (folder / name).is_file():
+        ours = name.startswith(("unet/", "scheduler/")) or name in (*PUBLIC, CONFIG)
+        if ours and name not in pushed:
             yield CommitOperationDelete(name)
 
 
-def _free_tag(api: HfApi, repo: str, tag: str, move: bool) -> None:
-    """Make sure that a tag can be put. Raises InputError where it stands and may not move."""
-    if tag not in {ref.name for ref in api.list_repo_refs(repo).tags}:
-        return
-    if not move:
+def _tag_stands(api: HfApi, repo: str, tag: str, may_move: bool) -> bool:
+    """Whether a tag is there already. Raises InputError where it may not move."""
+    stands = tag in {ref.name for ref in api.list_repo_refs(repo).tags}
+    if stands and not may_move:
         raise InputError(f"{repo} has a tag {tag!r} already: choose another; nothing was pushed")
-    api.delete_tag(repo, tag=tag)
+    return stands
 
 
 def _message(folder: Path) -> str:
@@ -291,7 +309,7 @@ def push_checkpoint(
     """
     api = HfApi(token=token)
     files = [path for path in checkpoint.iterdir() if path.suffix in (".safetensors", ".json")]
-    files += (run_dir / "ema").glob("*.safetensors")
+    files += [*run_dir.glob("ema/*.safetensors"), *run_dir.glob(f"{KEPT}/**/*.json")]
     files += [path for name in (CONFIG, METRICS) if (path := run_dir / name).is_file()]
     adds = {
         f"{checkpoint.name}/{path.name}"
@@ -315,7 +333,7 @@ def push_checkpoint(
                 *(
                     CommitOperationDelete(name)
                     for name in there
-                    if NAME.match(name) and name not in adds
+                    if (NAME.match(name) or name.startswith("ema/")) and name not in adds
                 ),
             ],
             commit_message=checkpoint.name,
@@ -331,74 +349,93 @@ def is_repo(name: str) -> bool:
     return NAME.fullmatch(name.split("/")[1]) is None
 
 
-def fetch_checkpoint(repo: str, run_dir: Path, *, token: str | None = None) -> str:
+def fetch_checkpoint(repo: str, config: TrainingConfig, *, needed: bool = True) -> str:
     """Bring the checkpoint of a repository into a run's folder; returns a line about it.
 
-    A checkpoint of this run that is there and as new stays, and nothing is fetched.
+    A whole checkpoint of this run that is there and as new stays, and nothing is fetched.
+
+    Args:
+        repo: The repository that `push_checkpoint` wrote.
+        config: The run's settings: its folder, and what makes it the run that it is.
+        needed: Whether a repository without a checkpoint is an error.
 
     Raises:
-        InputError: no such repository, no checkpoint in it, or a damaged one.
+        InputError: no such repository, a damaged checkpoint, or one of another run.
+        OSError: it could not be written.
     """
-    with explained_hub(repo, "resume from", token=token):
-        names = HfApi(token=token).list_repo_files(repo)
+    warn_insecure_endpoint()
+    run_dir = config.run_dir
+    with explained_hub(repo, "resume from"):
+        names = HfApi().list_repo_files(repo)
         steps = [int(found[1]) for name in names if (found := NAME.match(name))]
-        if not steps:
+        if not steps and needed:
             raise InputError(f"{repo} holds no checkpoint: it needs one made by --push_checkpoints")
+        if not steps:
+            return ""
         wanted = f"checkpoint-{max(steps)}"
-        if (here := list_checkpoints(run_dir)) and step_of(here[-1]) >= max(steps):
+        here = [path for path in list_checkpoints(run_dir) if damage(path) is None]
+        if here and step_of(here[-1]) >= max(steps):
             return f"{here[-1].name} here is as new as {wanted} of {repo}: going on from it"
         partial = run_dir / ".fetched.partial"
         try:
             snapshot_download(
                 repo,
-                token=token,
                 local_dir=partial,
                 allow_patterns=[
                     f"{wanted}/*.safetensors",
                     f"{wanted}/*.json",
                     "ema/*.safetensors",
+                    f"{KEPT}/*.json",
                     CONFIG,
                     METRICS,
                 ],
             )
             verify(partial / wanted)
-            _check_same_run(repo, read_settings(partial), run_dir)
+            _check_same_run(repo, read_settings(partial), config)
             _move_in(partial, run_dir, wanted)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            if run_dir.is_dir() and not any(run_dir.iterdir()):
+                run_dir.rmdir()
     return f"Fetched {wanted} from {repo}"
 
 
-def _check_same_run(repo: str, fetched: dict[str, Any] | None, run_dir: Path) -> None:
-    """Raise InputError unless a repository's run is that of a folder, or the folder is free."""
+def _check_same_run(repo: str, fetched: dict[str, Any] | None, config: TrainingConfig) -> None:
+    """Raise InputError unless the run in a repository is the one that the settings describe."""
     if fetched is None:
         raise InputError(f"{repo} holds no settings of a run: its {CONFIG} is missing")
-    here = read_settings(run_dir) or fetched
-    clashes = [key for key in IDENTITY if here.get(key) != fetched.get(key)]
+    here = located(asdict(config))
+    # The images and the batch are compared when they are known.
+    names = [key for key in IDENTITY if key in here and key != "global_batch_size"]
+    clashes = [f"{key} is {fetched.get(key)!r} there" for key in names
+               if key not in PATHS and here[key] != fetched.get(key)]  # fmt: skip
     if clashes:
         raise InputError(
-            f"the run in {run_dir} is another one than that of {repo}: they differ in "
-            f"{', '.join(clashes)}. Name another --output_dir"
+            f"{repo} holds a checkpoint of another run: {'; '.join(clashes)}. Name another "
+            "--hub_model_id, or replace it by this run with --overwrite_output_dir"
         )
 
 
 def _move_in(fetched: Path, run_dir: Path, wanted: str) -> None:
     """Put a fetched checkpoint, and what belongs to it, into the folder of a run."""
-    for path in (fetched / "ema").glob("*.safetensors"):
-        (run_dir / "ema").mkdir(exist_ok=True)
-        path.replace(run_dir / "ema" / path.name)
+    for path in [*fetched.glob("ema/*.safetensors"), *fetched.glob(f"{KEPT}/**/*.json")]:
+        target = run_dir / path.relative_to(fetched)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
     for name in (METRICS, CONFIG):
         if (fetched / name).is_file() and not (name == CONFIG and (run_dir / name).is_file()):
             (fetched / name).replace(run_dir / name)
+    shutil.rmtree(run_dir / wanted, ignore_errors=True)  # a damaged one
     (fetched / wanted).rename(run_dir / wanted)
 
 
-def dataset_license(name: str) -> str | None:
+def dataset_license(name: str | None, token: str | None = None) -> str | None:
     """The licence that an image set on the Hub states, if it is there and states one."""
+    if name is None:
+        return None
     try:
-        with explained_hub(name, "look up", repo_type="dataset"):
-            data = HfApi().dataset_info(name).card_data
-    except InputError:
+        data = HfApi(token=token).dataset_info(name, timeout=5).card_data
+    except (errors.HTTPError, OSError, ValueError, KeyError):  # a card without it is one, too
         return None
     stated = data.get("license") if data else None
-    return ", ".join(stated) if isinstance(stated, list) else stated
+    return ", ".join(map(str, stated)) if isinstance(stated, list) else stated

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import METRICS, keep_metrics, read_metrics
 from .config import TrainingConfig
+from .devices import device_watts
 
 BUCKETS = 10
 """Equal shares of the timesteps in which the loss is shown."""
@@ -65,18 +66,22 @@ class Logbook:
         self.total_steps, self.images_per_step = total_steps, images
         self.window = LossWindow(accelerator.device, config.ddpm_num_steps)
         self.loss: float | None = None
-        self.seconds_before = 0.0
+        self.seconds_before = self.energy_before = 0.0
+        self.watts, self.loss_images = 0.0, 0
         self.bar: tqdm | None = None
         self._warned = False
 
     def open(self, step: int, settings: dict[str, Any]) -> None:
         """Go on at `step`: later lines of metrics are dropped, trackers get the settings."""
         if self.accelerator.is_main_process:
-            keep_metrics(self.config.run_dir / METRICS, step)
-            times = [
-                row.get("train_seconds") for row in read_metrics(self.config.run_dir / METRICS)
-            ]
-            self.seconds_before = max((time for time in times if time is not None), default=0.0)
+            metrics = self.config.run_dir / METRICS
+            keep_metrics(metrics, step)
+            rows = read_metrics(metrics)
+            self.seconds_before, self.energy_before = (
+                max((row.get(name, 0.0) for row in rows), default=0.0)
+                for name in ("train_seconds", "energy_kwh")
+            )
+            self.watts = device_watts(self.accelerator.device) * self.accelerator.num_processes
         if self.config.logger != "none":
             plain = {k: v for k, v in settings.items() if isinstance(v, (int, float, str))}
             self.accelerator.init_trackers("ddpm_hf", config=plain)
@@ -87,6 +92,7 @@ class Logbook:
             total=self.total_steps, initial=step, unit="step", desc="Training", disable=self.hidden
         )
         self.first_step, self.started, self.last_line = step, time.perf_counter(), 0.0
+        self.logged_step = step
 
     @property
     def hidden(self) -> bool:
@@ -109,6 +115,12 @@ class Logbook:
         """Seconds of training, over all starts of the run; what was lost with a stop is not in."""
         return self.seconds_before + time.perf_counter() - self.started
 
+    @property
+    def energy_kwh(self) -> float:
+        """An estimate over all starts of the run: time x the devices' power."""
+        joules = (time.perf_counter() - self.started) * self.watts
+        return self.energy_before + joules / 3.6e6
+
     def tick(self, step: int) -> bool:
         """A step is done; returns whether it is one to log."""
         self.step = step
@@ -117,6 +129,8 @@ class Logbook:
 
     def read_losses(self) -> dict[str, float]:
         """The losses since the last call, over all processes; waits for the device."""
+        self.loss_images = (self.step - self.logged_step) * self.images_per_step
+        self.logged_step = self.step
         self.loss, buckets = self.window.read(self.accelerator)
         return {"loss": self.loss} | loss_by_bucket("loss_at_t", buckets)
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .access import explained_hub
+from .access import explained_hub, warn_insecure_endpoint
 from .errors import InputError
 
 OF_ORIGIN = (
@@ -30,64 +30,98 @@ VARIANCES = {
 }
 """Stock's words of the variance, and the setting that each stands for."""
 
+UNET, SCHEDULER, RECIPE = "unet/config.json", "scheduler/scheduler_config.json", "config.json"
 
-def read_origin(name: str) -> dict[str, Any]:
-    """Settings of training that a model has: its recipe, its network and its process.
+KEPT = "origin"
+"""Folder in that of a run with these files, so that it goes on when its origin is gone."""
+
+
+def read_origin(name: str) -> dict[str, dict[str, Any]]:
+    """The configurations of a pipeline: its network's, its process's, and its recipe.
 
     Args:
-        name: Id of a repository on the Hub, of any pipeline with a UNet2DModel, or a folder.
+        name: Id of a repository on the Hub, or a folder, of any pipeline with a UNet2DModel.
 
     Returns:
-        What its config.json says if it was trained by this package; the network and the process as
-        the pipeline has them.
+        By the names of their files in a pipeline; the recipe is empty where there is none.
 
     Raises:
-        InputError: there is no such pipeline, or training has no word for its process.
+        InputError: there is no such pipeline, or one that cannot be read.
     """
-    unet, process = (
-        _read(name, "unet/config.json"),
-        _read(name, "scheduler/scheduler_config.json"),
-    )
-    if unet is None or process is None:
-        raise InputError(
-            f"{name!r} holds no pipeline to start from: it has no unet or no scheduler"
-        )
-    recipe = _read(name, "config.json") or {}
-    settings = {key: value for key, value in recipe.items() if value is not None}
-    settings = settings if "snr_gamma" in settings else {}
-    return settings | {
+    from .loading import check_scheduler
+
+    try:
+        root = _read(name, RECIPE)
+        # Old repositories, like google/ddpm-cifar10-32, have all files at their root.
+        flat = (root or {}).get("_class_name") == "UNet2DModel"
+        unet = root if flat else _read(name, UNET)
+        process = _read(name, "scheduler_config.json" if flat else SCHEDULER)
+        if unet is None or process is None:
+            raise ValueError("it holds no pipeline: it has no unet or no scheduler")
+        check_scheduler("DDPMScheduler", process)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot start from {name!r}: {error}") from error
+    recipe = root if root and not flat and "snr_gamma" in root else {}
+    return {UNET: unet, SCHEDULER: process, RECIPE: recipe}
+
+
+def keep_origin(name: str, run_dir: Path) -> None:
+    """Write the configurations of an origin into the folder of the run that starts from it.
+
+    Raises:
+        InputError: as `read_origin`.
+        OSError: it could not be written.
+    """
+    for file, found in read_origin(name).items():
+        path = run_dir / KEPT / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def settings_of_origin(name: str, source: str | Path | None = None) -> dict[str, Any]:
+    """Settings of training that a model has: its recipe, and its network and process for sure.
+
+    Args:
+        name: As for `read_origin`.
+        source: Where to read it, by default there; a run has a copy of its own.
+
+    Raises:
+        InputError: as `read_origin`, or training has no word for the process.
+    """
+    found = read_origin(str(source or name))
+    unet, recipe = found[UNET], found[RECIPE]
+    return {key: value for key, value in recipe.items() if value is not None} | {
         "model_config_name_or_path": name,
         "resolution": _resolution(unet.get("sample_size")),
         "image_mode": "L" if unet.get("in_channels") == 1 else "RGB",
         "class_conditional": unet.get("num_class_embeds") is not None,
-        **_process(name, process),
+        **_process(name, found[SCHEDULER]),
     }
 
 
 def _read(name: str, file: str) -> dict[str, Any] | None:
-    """A JSON object in a folder or a repository; None where there is no such file."""
+    """A JSON object in a folder or a repository; None where there is no such file.
+
+    Raises:
+        InputError: no such repository.
+        ValueError: what is in the file is no object of settings.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    try:
-        if Path(name).is_dir():
-            path = Path(name) / file
-        else:
-            with explained_hub(name, "start from"):
-                try:
-                    path = Path(hf_hub_download(name, file))
-                except EntryNotFoundError:
-                    return None
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"cannot read {file} of {name!r}: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{file} of {name!r} must hold a JSON object; got {found!r:.80}")
-    return found
+    from .loading import read_json
+
+    if Path(name).is_dir():
+        path = Path(name) / file
+        return read_json(path) if path.is_file() else None
+    warn_insecure_endpoint()
+    with explained_hub(name, "start from", or_folder=True):
+        try:
+            return read_json(Path(hf_hub_download(name, file)))
+        except EntryNotFoundError:
+            return None
 
 
 def _resolution(sample_size: Any) -> str:

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from diffusers import UNet2DModel
 
-from .card import dataset_of, write_card
+from .card import dataset_of, located, write_card
 from .checkpoint import METRICS, list_checkpoints, read_metrics
 from .data import ImageSet, to_network
-from .devices import device_watts
 from .functional import mix_seed
-from .hub import Pushed, dataset_license
+from .hub import Pushed
 from .logbook import LossWindow, loss_by_bucket, save_loss_curve
 from .losses import simple_loss
 from .pipeline import DDPMPipeline, save_image_grid, seeded_generators
@@ -147,6 +146,7 @@ def save_pipeline(run: Run, step: int) -> None:
             if run.config.push_to_hub:
                 save_loss_curve(run.directory / METRICS, run.directory / "loss_curve.png")
                 write_record(run.directory, training_record(run, step))
+                add_losses(run, step)
                 publish_pipeline(run, step, milestone=run.is_milestone(step))
     run.accelerator.wait_for_everyone()
 
@@ -169,8 +169,14 @@ def write_report(run: Run, step: int, loss_curve: Path) -> None:
     """The curve of the loss, the numbers, and the card: the last file that a run writes."""
     save_loss_curve(run.directory / METRICS, loss_curve)
     write_record(run.directory, training_record(run, step))
-    add_results(run.directory, loss_results(run))
+    add_losses(run, step)
     write_card(run.directory)
+
+
+def add_losses(run: Run, step: int) -> None:
+    """Put the losses that the run logged last in the place of older ones."""
+    results = loss_results(run, step)
+    add_results(run.directory, results, replacing={row.metric for row in results})
 
 
 LOSSES = {
@@ -189,21 +195,19 @@ def training_record(run: Run, step: int) -> TrainingRecord:
         last = next((shares for shares in reversed(found) if shares), {})
         if last:
             by_timestep[words] = {key.split("/")[1]: value for key, value in last.items()}
-    data = dataset_of(asdict(run.config))
     return TrainingRecord(
         step=step,
         global_batch_size=run.plan.global_batch_size,
         num_images=None if run.config.streaming else len(run.stream.images),
         num_processes=run.accelerator.num_processes,
         seconds=max((row.get("train_seconds", 0.0) for row in rows), default=0.0),
-        watts=device_watts(run.accelerator.device),
+        energy_kwh=max((row.get("energy_kwh", 0.0) for row in rows), default=0.0),
         parameters=sum(p.numel() for p in run.unet.parameters()),
-        data_license=data["license"] or (dataset_license(data["id"]) if data["id"] else None),
         loss_by_timestep=by_timestep,
     )
 
 
-def loss_results(run: Run) -> list[Result]:
+def loss_results(run: Run, step: int) -> list[Result]:
     """The losses that the run logged last, as rows of results.json."""
     config, rows = run.config, read_metrics(run.directory / METRICS)
     objective = config.loss + (f", min-SNR gamma {config.snr_gamma:g}" if config.snr_gamma else "")
@@ -216,7 +220,7 @@ def loss_results(run: Run) -> list[Result]:
         "loss": (
             "training_loss",
             config.split,
-            min(config.logging_steps, run.total_steps) * run.plan.global_batch_size,
+            next((row["loss_images"] for row in reversed(rows) if "loss_images" in row), 0),
             f"objective {objective}, weights in training, mean of the last logged steps",
         ),
         "train_loss": ("simple_loss", config.split, count, plain),
@@ -231,11 +235,12 @@ def loss_results(run: Run) -> list[Result]:
                     metric=metric,
                     value=value,
                     unit="per dimension",
-                    dataset=dataset_of(asdict(config))["name"],
+                    dataset=dataset_of(located(asdict(config)))["name"],
                     split=split,
                     num_images=num_images,
                     protocol=protocol,
                     seed=config.seed,
+                    step=step,
                 )
             )
     return results

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .functional import mix_seed
-from .hub import files_to_push, push_to_hub
+from .hub import files_to_push, origin_files, push_to_hub
 from .loading import prepare, told_in_one_line
 from .scheduler import DDPMScheduler
 from .uploads import freeze
@@ -116,7 +116,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         super().save_pretrained(save_directory, variant=variant, **options)
         if push_to_hub:
             repo = kwargs.pop("repo_id", Path(save_directory).resolve().name)
-            self.push_to_hub(repo, variant=variant, **kwargs)
+            self.push_to_hub(repo, **kwargs)
 
     def push_to_hub(
         self,
@@ -131,24 +131,25 @@ class DDPMPipeline(diffusers.DDPMPipeline):
     ) -> str:
         """Push the pipeline and its card as one commit; the arguments are those of diffusers.
 
-        Of a pipeline that was loaded from a run's folder the card, the recipe and the results go
+        What is known of a pipeline where it was loaded from, its card, recipe and results, goes
         with it. `hub.push_to_hub` has more choices.
 
         Returns:
             The address of the commit, or of the pull request.
 
         Raises:
-            InputError: as `hub.push_to_hub`, or a subfolder, which no pipeline can be loaded from.
+            InputError: as `hub.push_to_hub`; a subfolder, which no pipeline can be loaded from; a
+                variant, which would be the only weights there.
         """
-        if subfolder:
-            raise InputError("subfolder: a pipeline is loaded from the root of a repository")
+        if subfolder or variant:
+            raise InputError("a pipeline is pushed whole: leave out subfolder and variant")
         with TemporaryDirectory() as folder:
-            origin = Path(self.name_or_path or folder)
-            if (origin / "model_index.json").is_file():
+            origin = origin_files(self.name_or_path, token)
+            if origin is not None:
                 freeze(origin, files_to_push(origin), Path(folder))
                 for part in ("unet", "scheduler"):
                     shutil.rmtree(Path(folder) / part, ignore_errors=True)
-            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+            self.save_pretrained(folder, safe_serialization=safe_serialization)
             pushed = push_to_hub(
                 folder,
                 repo_id,

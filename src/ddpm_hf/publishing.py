@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .checkpoint import CONFIG, METRICS
 from .hub import Pushed, checkpoint_repo, files_to_push, push_checkpoint, push_to_hub
+from .origin import KEPT
 from .run import Run
 from .uploads import LAST_WAIT, freeze
 
@@ -25,9 +26,11 @@ def publish_pipeline(run: Run, step: int, *, milestone: bool) -> None:
     folder = run.directory
     frozen = freeze(folder, files_to_push(folder), folder / f".push-{step}.partial")
     grids = sorted(folder.glob("samples/step-*.png"), key=lambda path: path.stat().st_mtime)
-    if grids and not (frozen / "samples" / "grid.png").exists():  # that of the end comes later
-        (frozen / "samples").mkdir(exist_ok=True)
-        shutil.copyfile(grids[-1], frozen / "samples" / "grid.png")
+    if step != run.total_steps:  # the grid of the end comes later, or is that of a shorter run
+        _delete(frozen / "samples")
+        if grids:
+            (frozen / "samples").mkdir()
+            shutil.copyfile(grids[-1], frozen / "samples" / "grid.png")
     push = partial(
         push_to_hub,
         frozen,
@@ -37,7 +40,9 @@ def publish_pipeline(run: Run, step: int, *, milestone: bool) -> None:
         move_tag=True,
         license=run.config.license,
     )
-    run.pushes.submit("model", f"the model of step {step}", push, partial(_delete, frozen))
+    # A milestone waits for its turn; of other pushes the newest is enough.
+    kind = f"step-{step}" if milestone and step != run.total_steps else "model"
+    run.pushes.submit(kind, f"the model of step {step}", push, partial(_delete, frozen))
 
 
 def publish_checkpoint(run: Run, step: int) -> None:
@@ -46,6 +51,7 @@ def publish_checkpoint(run: Run, step: int) -> None:
         return
     folder, name = run.directory, f"checkpoint-{step}"
     files = [*(folder / name).iterdir(), *folder.glob("ema/*.safetensors")]
+    files += folder.glob(f"{KEPT}/**/*.json")
     files += [folder / file for file in (CONFIG, METRICS) if (folder / file).is_file()]
     frozen = freeze(folder, files, folder / f".push-{name}.partial")
     push = partial(push_checkpoint, frozen, frozen / name, checkpoint_repo(run.config.hub_repo))
@@ -61,8 +67,8 @@ def finish_pushes(run: Run) -> Pushed | None:
             f"Waiting for the Hub, {LAST_WAIT / 60:.0f} minutes at most", flush=True
         )
     run.pushes.close()
-    for pushed in run.pushes.done.values():
-        run.accelerator.print(f"Pushed:     {pushed.url}")
+    for kind in {"model", "checkpoint"} & run.pushes.done.keys():
+        run.accelerator.print(f"Pushed:     {run.pushes.done[kind].url}")
     for problem in run.pushes.failed.values():
         run.accelerator.print(f"Not pushed: {problem}")
     if "model" in run.pushes.failed:

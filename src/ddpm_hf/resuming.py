@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .card import located
 from .checkpoint import (
     CONFIG,
     Checkpoint,
@@ -37,6 +38,7 @@ from .data import to_network
 from .devices import on_main
 from .ema import drop_snapshots, save_snapshot
 from .errors import InputError, Stopped, TrainingError
+from .origin import KEPT, keep_origin
 from .pipeline import save_image_grid
 from .publishing import finish_pushes, publish_checkpoint
 from .run import Run, starts_afresh
@@ -52,7 +54,7 @@ def open_folder(run: Run) -> int:
     """
     accelerator, config = run.accelerator, run.config
     trained = config.loss == "vlb" or config.variance_type == "learned_range"
-    settings = asdict(config) | {
+    settings = located(asdict(config)) | {
         "global_batch_size": run.plan.global_batch_size,
         "trained_variance": config.variance_type if trained else "none",
         "data_fingerprint": run.stream.images.fingerprint(),
@@ -99,6 +101,8 @@ def tidy_folder(run: Run, step: int, settings: dict[str, Any]) -> None:
     clear_leftovers(run.directory)
     for average in run.power_averages:
         drop_snapshots(run.directory, average.optimization_step)
+    if run.config.init_from and not (run.directory / KEPT).is_dir():
+        keep_origin(run.config.init_from, run.directory)
     write_text(run.directory / CONFIG, json.dumps(settings, indent=2) + "\n")
     if step == 0:
         # The rows of this process: a stream opens the lanes of what is drawn.

@@ -47,6 +47,7 @@ from .hub import is_repo, open_hub
 from .logbook import Logbook
 from .losses import LossSecondMoment, drop_classes, stratified_timesteps, uniform_timesteps
 from .optimization import build_optimizer
+from .origin import KEPT
 from .pipeline import DDPMPipeline
 from .presets import DEFAULT_PROCESS, build_scheduler, build_unet
 from .probe import LAYOUTS, agree, choose_speed, count_flops, peak_flops
@@ -116,7 +117,7 @@ class Run:
         config = copy(config)
         processes = start_processes(config)
         check_folder(config.run_dir)
-        for line in on_main(partial(open_hub, config)):
+        for line in on_main(partial(open_hub, config, afresh=starts_afresh(config))):
             processes.print(line)
         if is_repo(config.resume_from_checkpoint or ""):
             config.resume_from_checkpoint = "latest"
@@ -344,6 +345,8 @@ class Run:
         values = self.log.read_losses()
         values |= {
             "train_seconds": self.log.train_seconds,
+            "energy_kwh": self.log.energy_kwh,
+            "loss_images": self.log.loss_images,
             "lr": self.lr_scheduler.get_last_lr()[-1],
             "grad_norm": float(self.grad_norm),
             "images_per_second": self.log.images_per_second,
@@ -467,9 +470,12 @@ def open_images(
 
 def build_network(config: TrainingConfig, images: ImageSet | StreamedImages) -> UNet2DModel:
     """The network that the settings and the images ask for."""
+    kept = config.run_dir / KEPT  # of an origin that may be gone
     return build_unet(
         config.preset,
-        model_config=config.model_config_name_or_path,
+        model_config=str(kept)
+        if config.init_from and kept.is_dir()
+        else config.model_config_name_or_path,
         resolution=config.image_size,
         image_channels=images.channels,
         dropout=config.dropout,

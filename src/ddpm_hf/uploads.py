@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HTTPError
+
 from .access import scrubbed
-from .errors import InputError
 
 RETRY_SECONDS = (10.0, 60.0, 300.0)
 """How long to wait before each new attempt, after those of huggingface_hub itself."""
@@ -22,14 +23,16 @@ LAST_WAIT = 600.0
 
 def may_pass(error: BaseException) -> bool:
     """Whether what went wrong may go right a while later: the network, or the Hub itself."""
-    seen, chain = error, []
-    while seen is not None and seen not in chain:
-        chain.append(seen)
-        status = getattr(getattr(seen, "response", None), "status_code", None)
+    seen = []
+    while error is not None and error not in seen:
+        status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None:
             return status in (408, 409, 412, 429) or status >= 500
-        seen = seen.__cause__
-    return not isinstance(error, InputError) or len(chain) > 1
+        if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
+            return "xet-write-token" not in str(error)  # a server that will never have it
+        seen.append(error)
+        error = error.__cause__
+    return False
 
 
 class BackgroundPush:
@@ -105,6 +108,7 @@ class BackgroundPush:
                 self.done[kind] = self._attempt(kind, push)
                 self.failed.pop(kind, None)
             except Exception as error:  # noqa: BLE001  whatever it is, training goes on
+                self.done.pop(kind, None)  # what is there is older
                 reason = scrubbed(" ".join(str(error).split()))
                 self.failed[kind] = f"{name}: {reason}"
                 self.say(f"Warning: {name} could not be pushed, training goes on ({reason})")
