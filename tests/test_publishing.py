@@ -128,6 +128,7 @@ def test_what_would_fail_later_is_said_before_training(hub_server, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_machine_goes_on_bit_for_bit(hub_server, tmp_path):
     """Two steps here, pushed; the rest elsewhere: as if it had never stopped."""
     profiles = dict(ema_profiles="0.05,0.1", ema_snapshot_steps=1, lr_scheduler="constant")
@@ -163,7 +164,7 @@ def test_another_machine_goes_on_bit_for_bit(hub_server, tmp_path):
     other = command(tmp_path / "fourth", seed=1, **kept)
     said = run_client(hub_server, tmp_path / "home", other, expect=2)
     assert "holds a checkpoint of another run: seed is 0 there. Name another" in said
-    assert not (tmp_path / "fourth").exists()
+    assert not (tmp_path / "fourth" / "run").exists()
 
 
 def test_checkpoints_that_cannot_be_gone_on_from(hub_server, tmp_path):
