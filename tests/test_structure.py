@@ -24,6 +24,8 @@ ORDER = [
     "data",
     "streaming",
     "losses",
+    "likelihood",
+    "calibration",
     "pipeline",
     "optimization",
     "checkpoint",
