@@ -26,9 +26,11 @@ ORDER = [
     "losses",
     "likelihood",
     "calibration",
+    "inversion",
     "pipeline",
     "optimization",
     "checkpoint",
+    "results",
     "sampling",
     "ema",
     "hub",
@@ -40,6 +42,7 @@ ORDER = [
     "resuming",
     "outputs",
     "training",
+    "bound",
     "cli",
 ]
 MATHS = ORDER[: ORDER.index("ema") + 1]

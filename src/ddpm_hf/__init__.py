@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .bound import calibrate, evaluate
     from .config import TrainingConfig
     from .pipeline import DDPMPipeline
     from .presets import PRESETS, build_scheduler, build_unet
@@ -22,6 +23,8 @@ _WHERE = {
     "TrainingConfig": "config",
     "build_scheduler": "presets",
     "build_unet": "presets",
+    "calibrate": "bound",
+    "evaluate": "bound",
     "train": "training",
 }
 
@@ -32,6 +35,8 @@ __all__ = [
     "TrainingConfig",
     "build_scheduler",
     "build_unet",
+    "calibrate",
+    "evaluate",
     "train",
 ]
 

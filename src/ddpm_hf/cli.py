@@ -1,4 +1,4 @@
-"""`ddpm-hf train | sample | ema`: each verb a few lines over the Python call.
+"""`ddpm-hf train | sample | evaluate | calibrate | ema`: each verb a few lines over a Python call.
 
 Exit codes: 0 done; 1 training failed, and 2 input that its user can mend, said in one line; 75
 stopped by a signal with the state saved.
@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from typing import Any
 
 from .errors import EXIT_FAILED, EXIT_INPUT, InputError, TrainingError, check_choice
 
@@ -76,6 +77,78 @@ def sample_command(argv: list[str]) -> None:
     print("\n".join(f"Wrote {path}" for path in (args.output, args.grid) if path))
 
 
+def evaluate_command(argv: list[str]) -> Any:
+    """Measure a trained pipeline on images: bits per dimension, rate and distortion."""
+    parser = _image_parser("ddpm-hf evaluate", evaluate_command.__doc__)
+    add = parser.add_argument
+    add("--nll", action="store_true", help="Negative log-likelihood, by the variational bound.")
+    add("--num_images", type=int, help="So many images spread over the split (default: all).")
+    add("--timesteps", type=int, help="So many timesteps an image, an estimate (default: all).")
+    args = vars(parser.parse_args(argv))
+    if not args.pop("nll"):
+        parser.error("name what to measure: --nll")
+    from .bound import evaluate, table
+
+    result = evaluate(**args)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(table(result.curve))
+        print(
+            f"Bits/dim: {result.bits_per_dim:.4f}, 95 % within {result.interval[0]:.4f} to "
+            f"{result.interval[1]:.4f}, of {result.num_images} images\n"
+            f"Rate {result.rate_bpd:.4f} + distortion {result.distortion_bpd:.4f} bits/dim, RMSE "
+            f"{result.distortion_rmse:.2f} of 255"
+        )
+        if result.output_dir:
+            print(f"Wrote results.json, rate_distortion and reconstructions: {result.output_dir}")
+    return result
+
+
+def calibrate_command(argv: list[str]) -> Any:
+    """Measure what optimal variances and timesteps need; sampling in few steps then uses them."""
+    parser = _image_parser("ddpm-hf calibrate", calibrate_command.__doc__)
+    add = parser.add_argument
+    add("--num_images", type=int, default=2000, help="Images measured (default: %(default)s).")
+    add("--timesteps", type=int, default=100, help="Timesteps of each (default: %(default)s).")
+    add(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="K",
+        help="Store optimal timesteps for so many steps (default: none; they are spaced evenly).",
+    )
+    args = vars(parser.parse_args(argv))
+    from .bound import calibrate
+
+    result = calibrate(**args)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(
+            f"Calibrated {result.output_dir} on {result.num_images} images: standard error at most "
+            f"{result.standard_error:.1e}"
+        )
+        for count, chain in result.timesteps.items():
+            print(f"Optimal timesteps for {count} steps: {', '.join(map(str, chain))}")
+    return result
+
+
+def _image_parser(prog: str, description: str | None) -> "_Parser":
+    """Flags of the verbs that measure a pipeline on images."""
+    parser = _Parser(prog, description=description)
+    add = parser.add_argument
+    add("pipeline", metavar="REPO_OR_FOLDER", help="Hub id, or folder of a run.")
+    add("--dataset_name", required=True, help="Images: Hub id, folder, parquet file, `embedded`.")
+    add("--dataset_config_name", help="Configuration of the data set, if it has several.")
+    add("--split", help="Of the data set (default: test or validation to evaluate, else train).")
+    add("--image_column", help="Column with the images; found by its type when not given.")
+    add("--label_column", help="Column with the classes, for a class-conditional network.")
+    add("--cache_dir", help="Where `datasets` keeps downloads and decoded images.")
+    add("--batch_size", type=int, default=64, help="Images at once (default: %(default)s).")
+    add("--seed", type=int, default=0, help="Of noise and timesteps (default: %(default)s).")
+    add("--fit", action="store_true", help="Resize, crop and convert images as training does.")
+    add("--output", help="Folder to write to (default: that of the pipeline).")
+    return parser
+
+
 def ema_command(argv: list[str]) -> None:
     """Average the weights of a run over another length, after training."""
     parser = _Parser("ddpm-hf ema", description=ema_command.__doc__)
@@ -103,7 +176,13 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-VERBS = {"train": train_command, "sample": sample_command, "ema": ema_command}
+VERBS = {
+    "train": train_command,
+    "sample": sample_command,
+    "evaluate": evaluate_command,
+    "calibrate": calibrate_command,
+    "ema": ema_command,
+}
 
 
 def share_cores() -> None:
@@ -133,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(
             "Usage: ddpm-hf VERB ...\n\n"
-            + "\n".join(f"  {verb:8}{f.__doc__}" for verb, f in VERBS.items())
+            + "\n".join(f"  {verb:10}{f.__doc__}" for verb, f in VERBS.items())
         )
         print("\n`ddpm-hf VERB --help` lists the flags of a verb.")
         return 0

@@ -441,14 +441,23 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         x_0_hat = self.to_x_0(output, x_t, t)
         if clip:
             x_0_hat = self.clip_x_0(x_0_hat)
-        alpha_bar_s = self.alpha_bar_at(s)
+        mean = self.ddim_mean(x_0_hat, x_t, t, s, eta=eta)
         variance = eta**2 * self._posterior_variance(t, s)
-        coef_eps = (1 - alpha_bar_s - variance).clamp(min=0).sqrt()
-        eps_hat = self.to_eps(x_0_hat, x_t, t)
-        mean = like(alpha_bar_s.sqrt(), x_t) * x_0_hat + like(coef_eps, x_t) * eps_hat
         if analytic:
             variance = self.analytic_variance(t, s, eta=eta)
         return ReverseStep(Gaussian(mean, like(variance.log(), x_t)), x_0_hat)
+
+    def ddim_mean(
+        self, x_0_hat: Tensor, x_t: Tensor, t: Timestep, s: Timestep, *, eta: float = 0.0
+    ) -> Tensor:
+        """Song et al. 2021 (DDIM), eq. (7): the mean of q(x_s | x_t, x_0) in their family of q.
+
+        Arguments as in `ddim_step`; all images (B, C, H, W).
+        """
+        alpha_bar_s = self.alpha_bar_at(s)
+        coef_eps = (1 - alpha_bar_s - eta**2 * self._posterior_variance(t, s)).clamp(min=0).sqrt()
+        eps_hat = self.to_eps(x_0_hat, x_t, t)
+        return like(alpha_bar_s.sqrt(), x_t) * x_0_hat + like(coef_eps, x_t) * eps_hat
 
     # diffusers' names and signatures
 

@@ -1,0 +1,190 @@
+"""What is known of a model in numbers: results.json and training.json, read by its card."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .checkpoint import write_text
+from .errors import InputError
+
+RESULTS, TRAINING = "results.json", "training.json"
+
+
+@cache
+def hardware() -> str:
+    """The GPU's name, or the processor's and how many of its cores this process may use."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{cores} cores of {names[0] if names else platform.processor() or platform.machine()}"
+
+
+@cache
+def code_version() -> str:
+    """The commit of this code where it runs from a checkout, or else its version."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists() or not (root / "src" / "ddpm_hf").is_dir():
+        return f"ddpm_hf {__version__}"
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        said = subprocess.run(git, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):  # no git here
+        return f"ddpm_hf {__version__}"
+    return said.stdout.strip() or f"ddpm_hf {__version__}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number that was measured of a model, and all that one needs to measure it again.
+
+    Attributes:
+        metric: Its name, like `bits_per_dim`.
+        value: A finite number.
+        unit: Of the value and its standard error.
+        dataset, split: The images that it was measured on; a Hub id where the set is there.
+        num_images: How many of them, or how many were sampled.
+        protocol: How, in words.
+        seed: Of everything random in it.
+        standard_error: Where it is known.
+        commit, hardware: What measured it.
+
+    Raises:
+        InputError: a value that is not finite.
+    """
+
+    metric: str
+    value: float
+    unit: str
+    dataset: str
+    split: str
+    num_images: int
+    protocol: str
+    seed: int
+    standard_error: float | None = None
+    commit: str = field(default_factory=code_version)
+    hardware: str = field(default_factory=hardware)
+
+    def __post_init__(self) -> None:
+        for name in ("value", "standard_error"):
+            number = getattr(self, name)
+            if number is not None:
+                object.__setattr__(self, name, float(number))  # no numpy scalar reaches a file
+        if not math.isfinite(self.value):
+            raise InputError(f"the {self.metric} of a model must be finite; got {self.value}")
+
+    @property
+    def identity(self) -> tuple:
+        """What makes it the same measurement: a second one takes the place of the first."""
+        return self.metric, self.dataset, self.split, self.num_images, self.protocol, self.seed
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """How a model was trained, beside its settings (config.json).
+
+    Attributes:
+        step: Optimiser steps done.
+        global_batch_size: Images per optimiser step.
+        num_images: Images in the training set; None of a stream.
+        num_processes: Devices that trained together.
+        seconds: Time spent training, over all starts; an estimate of the time between two logs.
+        watts: Of one device, for the estimate of energy.
+        parameters: Of the network.
+        data_license: Of the training set, as it says itself.
+        loss_by_timestep: Last loss in each share of the timesteps, by what it was measured on.
+        hardware, commit: What trained it last.
+    """
+
+    step: int
+    global_batch_size: int
+    num_images: int | None
+    num_processes: int
+    seconds: float
+    watts: float
+    parameters: int
+    data_license: str | None = None
+    loss_by_timestep: dict[str, dict[str, float]] = field(default_factory=dict)
+    commit: str = field(default_factory=code_version)
+    hardware: str = field(default_factory=hardware)
+
+    @property
+    def images_seen(self) -> int:
+        """Images that went through the network in training, each visit counted."""
+        return self.step * self.global_batch_size
+
+    @property
+    def energy_kwh(self) -> float:
+        """Estimated energy: time x devices x `watts`; without cooling, memory and idle hosts."""
+        return self.seconds * self.num_processes * self.watts / 3.6e6
+
+
+def read_results(folder: Path) -> list[Result]:
+    """The rows of a folder's results.json; none where there is no such file.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    rows = _read_json(folder / RESULTS)
+    return [_parse(Result, row, folder / RESULTS) for row in rows or []]
+
+
+def add_results(folder: Path, results: list[Result]) -> None:
+    """Write rows into a folder's results.json; the same measurement made again is replaced.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    new = {result.identity: result for result in results}
+    kept = [row for row in read_results(folder) if row.identity not in new]
+    rows = [asdict(row) for row in [*kept, *new.values()]]
+    write_text(folder / RESULTS, json.dumps(rows, indent=2) + "\n")
+
+
+def read_record(folder: Path) -> TrainingRecord | None:
+    """The folder's training.json; None where a model was not trained by this package.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    found = _read_json(folder / TRAINING)
+    return None if found is None else _parse(TrainingRecord, found, folder / TRAINING)
+
+
+def write_record(folder: Path, record: TrainingRecord) -> None:
+    """Write a folder's training.json."""
+    write_text(folder / TRAINING, json.dumps(asdict(record), indent=2) + "\n")
+
+
+def _read_json(path: Path) -> Any:
+    """A JSON file; None where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+
+def _parse(kind: type, row: Any, path: Path) -> Any:
+    """A row of a file as one of the classes above; what a newer version wrote beside is left."""
+    if isinstance(row, dict):
+        known = {f.name: row[f.name] for f in fields(kind) if f.name in row}
+        try:
+            return kind(**known)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"cannot read {path}: {error}") from error
+    raise InputError(f"{path} must hold objects of {kind.__name__}; got {row!r}")
