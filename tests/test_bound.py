@@ -139,7 +139,8 @@ def test_calibrate_in_place_and_sample_by_it(model, grey, tmp_path, capsys):
     before = sorted(path for path in (tmp_path / "model").rglob("*"))
     words = ["calibrate", model, "--dataset_name", str(grey.parent), "--split", "test"]
     assert main([*words, "--timesteps", "40", "--steps", "5", "10"]) == 0
-    assert "Optimal timesteps for 5 steps: 49, " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Optimal timesteps for 5 steps, in plain diffusers too by these lines:" in said
     assert sorted(path for path in (tmp_path / "model").rglob("*")) == before
     pipe = DDPMPipeline.from_pretrained(model)
     stored = pipe.scheduler.analytic
@@ -151,6 +152,10 @@ def test_calibrate_in_place_and_sample_by_it(model, grey, tmp_path, capsys):
     assert pipe.scheduler.timesteps.tolist() == list(stored["timesteps"]["10"])
     stock = diffusers.DDPMPipeline.from_pretrained(model)
     assert type(stock.scheduler) is diffusers.DDPMScheduler
+    lines = said.split("these lines:\n")[2].splitlines()[:2]
+    exec("\n".join(lines), {"pipe": stock})
+    stock(1, num_inference_steps=3)
+    assert stock.scheduler.timesteps.tolist() == list(stored["timesteps"]["10"])
 
 
 def test_calibrate_into_another_folder_leaves_the_first(model, grey, tmp_path):
@@ -298,3 +303,18 @@ def test_two_processes_measure_and_calibrate_the_same(model, grey, tmp_path):
     # float32 convolutions round differently: 2e-8 of the bits/dim.
     assert made[1][0] == pytest.approx(made[2][0], rel=1e-6)
     assert made[1][1]["mean_square_eps"] == pytest.approx(made[2][1]["mean_square_eps"], rel=1e-5)
+
+
+def test_sample_takes_eta_and_the_calibrated_variance(model, grey, tmp_path):
+    calibrate(model, str(grey.parent), split="test", timesteps=T)
+    made = {}
+    for name, words in {
+        "own": [], "yes": ["--analytic", "yes"], "no": ["--analytic", "no"], "ddim": ["--eta", "0"]
+    }.items():  # fmt: skip
+        output = tmp_path / f"{name}.npy"
+        common = ["sample", model, "--num_images", "3", "--num_inference_steps", "5"]
+        assert main([*common, "--output", str(output), *words]) == 0
+        made[name] = np.load(output)
+    assert np.array_equal(made["own"], made["yes"])
+    for a, b in (("own", "no"), ("own", "ddim"), ("no", "ddim")):
+        assert not np.array_equal(made[a], made[b])

@@ -47,6 +47,14 @@ def test_the_averaging_command_is_accepted(tmp_path, monkeypatch, capsys):
     assert "out/default holds no snapshots" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "calibrate"])
+def test_the_measuring_commands_are_accepted(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (command,) = [line for line in COMMANDS if line.startswith(f"ddpm-hf {verb}")]
+    assert main(shlex.split(command)[1:]) == 2
+    assert "cannot load a pipeline from 'out/fashion-quick'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("code", [block for language, block in BLOCKS if language == "python"])
 def test_python_blocks_compile_and_import_what_exists(code):
     tree = ast.parse(code)

@@ -157,3 +157,15 @@ def store(
     }
     extras = {"format": FORMAT, **scheduler.extras, "analytic": analytic}
     scheduler.register_to_config(_ddpm_hf=extras)
+
+
+def stock_timesteps(chain: Sequence[int]) -> str:
+    """The two lines that have a pipeline of plain diffusers sample these timesteps.
+
+    Its DDPM, and its DPM-Solver++ and Euler, take a list; the pipeline gives none.
+    """
+    return (
+        f"timesteps = {list(chain)}\n"
+        "pipe.scheduler.set_timesteps = lambda *_, s=pipe.scheduler, **__: "
+        "type(s).set_timesteps(s, timesteps=timesteps)"
+    )

@@ -52,6 +52,12 @@ def sample_command(argv: list[str]) -> None:
         default=1.0,
         help="1 + w in classifier-free guidance (default: %(default)s, off).",
     )
+    add("--eta", type=float, help="DDIM with so much of DDPM's noise, 0 to 1, under ddpm.")
+    add(
+        "--analytic",
+        choices=("yes", "no"),
+        help="The variance of `ddpm-hf calibrate` (default: where it is there and --eta is not).",
+    )
     add("--output", help="Folder for PNGs, or a .npy or .npz file.")
     add("--grid", help="Picture of the first 64 images.")
     args = parser.parse_args(argv)
@@ -61,7 +67,7 @@ def sample_command(argv: list[str]) -> None:
 
     pipe = load_pipeline(args.pipeline, args.scheduler)
     all_steps = pipe.scheduler.config.num_train_timesteps
-    ancestral = type(pipe.scheduler).__name__ == "DDPMScheduler"
+    ancestral = type(pipe.scheduler).__name__ == "DDPMScheduler" and args.eta is None
     default, given = all_steps if ancestral else min(50, all_steps), args.num_inference_steps
     sample_to(
         args.output,
@@ -72,6 +78,8 @@ def sample_command(argv: list[str]) -> None:
         num_inference_steps=default if given is None else given,
         class_label=int(label) if (label := args.class_label or "").isdigit() else label or None,
         guidance_scale=args.guidance_scale,
+        eta=args.eta,
+        analytic=None if args.analytic is None else args.analytic == "yes",
         grid=args.grid,
     )
     print("\n".join(f"Wrote {path}" for path in (args.output, args.grid) if path))
@@ -119,6 +127,7 @@ def calibrate_command(argv: list[str]) -> Any:
     )
     args = vars(parser.parse_args(argv))
     from .bound import calibrate
+    from .calibration import stock_timesteps
 
     result = calibrate(**args)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -127,7 +136,8 @@ def calibrate_command(argv: list[str]) -> Any:
             f"{result.standard_error:.1e}"
         )
         for count, chain in result.timesteps.items():
-            print(f"Optimal timesteps for {count} steps: {', '.join(map(str, chain))}")
+            print(f"Optimal timesteps for {count} steps, in plain diffusers too by these lines:")
+            print(stock_timesteps(chain))
     return result
 
 
