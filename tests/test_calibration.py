@@ -15,6 +15,7 @@ from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler
 from ddpm_hf.calibration import (
     MeanSquareEps,
     estimate_mean_square_eps,
+    estimate_x_0_variance,
     optimal_timesteps,
     step_costs,
     store,
@@ -56,7 +57,7 @@ def test_optimal_variances_match_golden(golden, calibrated, name, num_steps):
     s, t = timesteps[:-1], timesteps[1:]
     expected = golden[f"{key}/optimal_variance"][1:]
     mean_square_eps = torch.from_numpy(golden["mean_square_eps"])
-    ours = calibrated.optimal_variance(t, s, mean_square_eps)
+    ours = calibrated.optimal_variance(t, s, calibrated.x_0_variance(mean_square_eps))
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6)  # golden/README.md
     sampled = calibrated.reverse_log_variance(t, s, analytic=True).exp()
     np.testing.assert_allclose(sampled[1:], expected[1:], rtol=0, atol=1e-6)
@@ -162,8 +163,21 @@ def test_the_bound_of_a_sub_chain_is_least_with_the_optimal_variance():
 
     optimal = scheduler.reverse_log_variance(t, s).exp().item()
     assert all(kl(optimal) < kl(optimal * factor) for factor in (0.9, 1.1))
-    costs = step_costs(scheduler, world_statistics(scheduler).value)
+    costs = step_costs(scheduler, scheduler.x_0_variance(world_statistics(scheduler).value))
     assert costs[s, t] == pytest.approx(kl(optimal), rel=1e-9)  # float64
+
+
+def test_a_network_that_errs_gets_the_variance_of_its_error():
+    """x_0_hat off by 0.3 everywhere: the bound is least with that in the variance, and the chain
+    ends with as much more; E|eps_hat|^2 does not tell.
+    """
+    scheduler = world()
+    implied = scheduler.x_0_variance(world_statistics(scheduler).value)
+    store(scheduler, world_statistics(scheduler), x_0_variance=implied + 0.09)
+    t, s = 600, 300
+    coef = scheduler.q_posterior(PROBES, PROBES * 0, t, s).mean[1].item()
+    more = scheduler.reverse_log_variance(t, s).exp() - world().reverse_log_variance(t, s).exp()
+    assert more.item() == pytest.approx(coef**2 * 0.09, rel=1e-9)
 
 
 # Which steps are calibrated ones
@@ -223,9 +237,10 @@ def test_the_last_noise_is_two_grey_levels_in_the_mean_and_one_for_ddim_and_cosi
 def test_x_0_has_a_variance_of_at_most_one_and_at_least_none():
     scheduler = DDPMScheduler()
     t, s = torch.tensor([900]), torch.tensor([500])
-    least = scheduler.optimal_variance(t, s, torch.full((1000,), 1.2).double())
+    none, all_of_it = (torch.full((1000,), value).double() for value in (1.2, -50.0))
+    least = scheduler.optimal_variance(t, s, scheduler.x_0_variance(none))
     assert least == scheduler.posterior_log_variance(t, s).exp()
-    most = scheduler.optimal_variance(t, s, torch.full((1000,), -50.0).double())
+    most = scheduler.optimal_variance(t, s, scheduler.x_0_variance(all_of_it))
     coef = scheduler.q_posterior(torch.ones(1, 1), torch.zeros(1, 1), t, s).mean.double()
     # q_posterior's result is float32 here
     assert most.item() == pytest.approx(least.item() + coef.item() ** 2, rel=1e-6)
@@ -246,7 +261,7 @@ def test_zero_terminal_snr_has_a_finite_variance():
 
 def test_optimal_timesteps_are_the_best_of_all():
     scheduler = build_scheduler(ddpm_num_steps=12)
-    costs = step_costs(scheduler, world_statistics(scheduler).value)
+    costs = step_costs(scheduler, scheduler.x_0_variance(world_statistics(scheduler).value))
     found = optimal_timesteps(costs, range(2, 13))
     for count, chain in found.items():
         assert chain == sorted(chain, reverse=True)
@@ -261,7 +276,7 @@ def test_optimal_timesteps_are_the_best_of_all():
 
 
 def test_costs_are_of_steps_back_only_and_never_negative():
-    costs = step_costs(DDPMScheduler(), torch.full((1000,), 1.01).double())
+    costs = step_costs(DDPMScheduler(), torch.zeros(1000).double())
     assert costs.shape == (1000, 1000)
     assert costs.tril().isinf().sum() == 1000 * 1001 / 2
     forward = costs[tuple(torch.triu_indices(1000, 1000, 1))]
@@ -296,11 +311,30 @@ def test_the_estimate_is_unbiased_and_its_error_is_as_stated():
     z = ((value - exact) / error)[1:]
     assert z.abs().max() < 4  # 39 standard normal numbers
     assert 0.6 < z.square().mean() < 1.7
+    # What an exact network's x_0_hat misses is the variance that it implies; to 5 standard errors
+    # of 150 x 36 squares.
+    around = estimate_x_0_variance(sums)
+    torch.testing.assert_close(around, scheduler.x_0_variance(exact), rtol=5 * 0.019, atol=0)
     # The plain mean, which is noise's mean square for large t, is many times less exact there.
     visits, plain, squares = sums.timesteps[0], sums.timesteps[4], sums.timesteps[6]
     of_mean = ((squares / visits - (plain / visits) ** 2) / visits).sqrt()
     assert (error[-10:] < of_mean[-10:] / 10).all()
     assert (error[1:] < 1.05 * of_mean[1:]).all()
+
+
+def test_neighbours_make_the_variance_of_x_0_steadier_and_do_not_bend_it():
+    sums = BoundSums.zeros(1000)
+    t = torch.arange(1000, dtype=torch.float64)
+    exact = 1e-4 + 5e-4 * t + torch.where(t < 20, 1e-3 * t**2, 0.4)  # steep at first, then a line
+    sums.timesteps[0], sums.timesteps[2] = 3, 3 * exact
+    smooth = torch.cat([torch.arange(0, 10), torch.arange(31, 1000)])  # without the corner at 20
+    torch.testing.assert_close(
+        estimate_x_0_variance(sums)[smooth], exact[smooth].clamp(max=1), rtol=1e-9, atol=0
+    )  # float64
+    error = 0.1 * torch.randn(1000, generator=torch.Generator().manual_seed(0)).double()
+    sums.timesteps[2] *= 1 + error
+    ratio = (estimate_x_0_variance(sums) / exact - 1)[200:800]
+    assert ratio.std() < 0.1 / 21**0.5 * 1.5  # means of 21, whose own mean moves it a little
 
 
 def test_an_estimate_needs_two_visits_of_every_timestep():

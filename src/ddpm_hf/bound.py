@@ -19,7 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from .calibration import estimate_mean_square_eps, store
+from .calibration import estimate_mean_square_eps, estimate_x_0_variance, store
 from .checkpoint import write_text
 from .config import TrainingConfig
 from .data import ImageSet, check_sizes, decode_all, to_network
@@ -168,7 +168,7 @@ def calibrate(
     output: str | Path | None = None,
     **columns: str | None,
 ) -> Calibrated:
-    """Bao et al. 2022: measure E|eps_hat|**2 and store it with the pipeline's scheduler.
+    """Bao et al. 2022: measure what optimal variances need, and store it with the scheduler.
 
     Sampling in fewer steps than T then takes the optimal variance, and for the K in `steps` the
     optimal timesteps too. No weight changes.
@@ -199,6 +199,7 @@ def calibrate(
     store(
         scheduler,
         estimate,
+        x_0_variance=estimate_x_0_variance(sums),
         steps=steps,
         dataset=Path(dataset_name).name if Path(dataset_name).exists() else dataset_name,
         split=config.split,

@@ -1,8 +1,10 @@
 """Optimal variances and timesteps for a trained network (Bao et al. 2022, "Analytic-DPM").
 
-What they need of it is one number a timestep, E|eps_hat|**2 / D, which a pass over a few thousand
-images estimates. It is stored with the scheduler, under `_ddpm_hf`, and any sub-chain then samples
-with the variance that the bound is least with.
+What they need of it is one number a timestep, how far x_0 is from x_0_hat, which a pass over a few
+thousand images estimates. Bao et al. derive it from E|eps_hat|**2, as for an exact network. Another
+one has an error of its own, and the bound is least with that error (Bao et al. 2022b, "Estimating
+the optimal covariance with imperfect mean"). Both are measured and stored with the scheduler, under
+`_ddpm_hf`, and any sub-chain then samples with the variance that the bound is least with.
 """
 
 from __future__ import annotations
@@ -28,6 +30,17 @@ class MeanSquareEps(NamedTuple):
 
     value: Tensor
     standard_error: Tensor
+
+
+def estimate_x_0_variance(sums: BoundSums) -> Tensor:
+    """E|x_0 - x_0_hat|**2 / D of every timestep, with x_0_hat clipped as in sampling, (T,).
+
+    For an exact network it is `DDPMScheduler.x_0_variance` of E|eps_hat|**2 / D. Each is the mean
+    over its neighbours too: it is smooth in t, and among T noisy numbers the optimal timesteps
+    would be those that came out low by chance.
+    """
+    visits, _, x_0_mse = sums.timesteps[:3]
+    return (_near(x_0_mse) / _near(visits)).clamp(max=1)
 
 
 def estimate_mean_square_eps(sums: BoundSums) -> MeanSquareEps:
@@ -60,14 +73,17 @@ def estimate_mean_square_eps(sums: BoundSums) -> MeanSquareEps:
 
 
 def _near(row: Tensor) -> Tensor:
-    """Sums over the timesteps at most 1 % of T away, (T,)."""
-    width = len(row) // 100
+    """Sums over the timesteps near each, (T,): to either side a tenth of t, 1 % of T at most.
+
+    Where things change fast, at small t, that is none.
+    """
     total = torch.cat([row.new_zeros(1), row.cumsum(0)])
     t = torch.arange(len(row))
-    return total[(t + width + 1).clamp(max=len(row))] - total[(t - width).clamp(min=0)]
+    width = (torch.minimum(t, len(row) - 1 - t) // 10).clamp(max=len(row) // 100)
+    return total[t + width + 1] - total[t - width]
 
 
-def step_costs(scheduler: DDPMScheduler, mean_square_eps: Tensor) -> Tensor:
+def step_costs(scheduler: DDPMScheduler, x_0_variance: Tensor) -> Tensor:
     """Bao et al. 2022, section 4: what the step t -> s costs of the bound, (s, t) of (T, T).
 
     With the optimal variance the bound of a sub-chain is a constant and, per dimension, half the
@@ -76,7 +92,7 @@ def step_costs(scheduler: DDPMScheduler, mean_square_eps: Tensor) -> Tensor:
     num_timesteps = len(scheduler.beta)
     s, t = torch.triu_indices(num_timesteps, num_timesteps, offset=1)
     costs = torch.full((num_timesteps, num_timesteps), torch.inf, dtype=torch.float64)
-    optimal = scheduler.optimal_variance(t, s, mean_square_eps)
+    optimal = scheduler.optimal_variance(t, s, x_0_variance)
     costs[s, t] = (optimal.log() - scheduler.posterior_log_variance(t, s)) / 2
     return costs
 
@@ -121,6 +137,7 @@ def store(
     scheduler: DDPMScheduler,
     estimate: MeanSquareEps,
     *,
+    x_0_variance: Tensor | None = None,
     steps: Sequence[int] = (),
     **about: str | int,
 ) -> None:
@@ -132,6 +149,7 @@ def store(
     Args:
         scheduler: Of the network that was measured.
         estimate: E|eps_hat|**2 / D, and its standard error.
+        x_0_variance: Of x_0 around x_0_hat, (T,); what an exact network would have when not given.
         steps: The K whose optimal timesteps are stored; other K are spaced as configured.
         about: On what it was measured, stored beside.
 
@@ -145,7 +163,8 @@ def store(
             f"the statistics must be {len(scheduler.beta)} finite numbers, one a timestep; got "
             f"{len(value)}, {int(value.isfinite().sum())} of them finite"
         )
-    chains = optimal_timesteps(step_costs(scheduler, value), steps) if steps else {}
+    around = scheduler.x_0_variance(value) if x_0_variance is None else x_0_variance
+    chains = optimal_timesteps(step_costs(scheduler, around), steps) if steps else {}
     schedule = scheduler.config.beta_schedule if scheduler.config.trained_betas is None else ""
     analytic = {
         "mean_square_eps": value.tolist(),
@@ -155,6 +174,8 @@ def store(
         "timesteps": {str(count): chain for count, chain in chains.items()},
         **about,
     }
+    if x_0_variance is not None:
+        analytic["x_0_variance"] = x_0_variance.tolist()
     extras = {"format": FORMAT, **scheduler.extras, "analytic": analytic}
     scheduler.register_to_config(_ddpm_hf=extras)
 

@@ -305,6 +305,8 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         if analytic is not None or self.analytic is None:
             return log_variance
         longer = torch.as_tensor(t, device="cpu") - torch.as_tensor(s, device="cpu") > 1
+        if not bool(longer.any()):
+            return log_variance
         optimal = self.analytic_variance(t, s).log()
         if log_variance.ndim > 1:
             longer, optimal = like(longer, log_variance).bool(), like(optimal, log_variance)
@@ -334,27 +336,37 @@ class DDPMScheduler(diffusers.DDPMScheduler):
                 fraction = (model_variance + 1) / 2
                 return fraction * like(large, fraction) + (1 - fraction) * like(small, fraction)
 
+    def x_0_variance(self, mean_square_eps: Tensor) -> Tensor:
+        """Bao et al. 2022, theorems 1 and 2: Var[x_0 | x_t] / D, as an exact network implies it.
+
+        Args:
+            mean_square_eps: E|eps_hat|**2 / D of every timestep, (T,).
+
+        Returns:
+            (T,) float64, at least 0, and at most 1, which it is for data in [-1, 1].
+        """
+        a = self.alpha_bar[1:]
+        variance = ((1 / a - 1) * (1 - mean_square_eps)).clamp(0, 1)
+        if a[-1] == 0:  # pure noise tells nothing, and almost pure noise hardly more
+            variance[-1] = variance[-2]
+        return variance
+
     def optimal_variance(
-        self, t: Timestep, s: Timestep, mean_square_eps: Tensor, *, eta: float = 1.0
+        self, t: Timestep, s: Timestep, x_0_variance: Tensor, *, eta: float = 1.0
     ) -> Tensor:
         """Bao et al. 2022, theorem 1: the variance of p(x_s | x_t) that the bound is least with.
 
-        By the law of total variance, what q(x_s | x_t, x_0) has for a known image, and what x_0 is
-        uncertain by given x_t. The latter follows from `mean_square_eps`, and is at most 1 for data
-        in [-1, 1] (theorem 2).
+        By the law of total variance: what q(x_s | x_t, x_0) has for a known image, and as much of
+        what x_0 is away from x_0_hat as reaches x_s.
 
         Args:
             t, s: Timesteps, any shape, s < t.
-            mean_square_eps: E|eps_hat|**2 / D of every timestep, (T,).
+            x_0_variance: Of x_0 around x_0_hat, at every timestep, (T,).
             eta: 1 for DDPM, 0 for DDIM: see `ddim_step`.
 
         Returns:
             float64 on the CPU, of the shape of t and s.
         """
-        a = self.alpha_bar[1:]
-        x_0_variance = ((1 / a - 1) * (1 - mean_square_eps)).clamp(0, 1)
-        if a[-1] == 0:  # pure noise tells nothing, and almost pure noise hardly more
-            x_0_variance[-1] = x_0_variance[-2]
         alpha_bar_t, alpha_bar_s = self.alpha_bar_at(t), self.alpha_bar_at(s)
         known = eta**2 * self._posterior_variance(t, s)
         ratio = alpha_bar_t / (1 - alpha_bar_t)
@@ -376,8 +388,12 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             raise InputError(
                 "the calibrated variance needs a calibrated model: run `ddpm-hf calibrate` first"
             )
-        mean_square_eps = torch.tensor(stored["mean_square_eps"], dtype=torch.float64)
-        variance = self.optimal_variance(t, s, mean_square_eps, eta=eta)
+        if "x_0_variance" in stored:
+            x_0_variance = torch.tensor(stored["x_0_variance"], dtype=torch.float64)
+        else:
+            eps = torch.tensor(stored["mean_square_eps"], dtype=torch.float64)
+            x_0_variance = self.x_0_variance(eps)
+        variance = self.optimal_variance(t, s, x_0_variance, eta=eta)
         levels = stored["clip_pixels"] if eta == 1 else min(1.0, stored["clip_pixels"])
         # E|N(0, 1)| = sqrt(2 / pi), and a grey level is 2 / 255.
         most = levels * 2 / 255 * math.sqrt(math.pi / 2)
