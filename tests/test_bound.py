@@ -285,24 +285,56 @@ def test_calibration_needs_two_visits_of_each_timestep(model, grey):
 @pytest.mark.slow
 def test_two_processes_measure_and_calibrate_the_same(model, grey, tmp_path):
     script = tmp_path / "job.py"
-    script.write_text("import sys\nfrom ddpm_hf.cli import main\nsys.exit(main(sys.argv[1:]))\n")
+    script.write_text(
+        "import json, sys\nfrom ddpm_hf.cli import main\n"
+        "sys.exit(any(main(argv) for argv in json.loads(sys.argv[1])))\n"
+    )
+    common = ["--dataset_name", str(grey.parent), "--split", "test", "--batch_size", "2"]
     made = {}
     for count in (1, 2):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count),
+        folder = ["--output", str(tmp_path / f"out-{count}")]
+        jobs = [
+            ["evaluate", model, *common, *folder, "--nll"],
+            ["calibrate", model, *common, *folder, "--timesteps", "40"],
+        ]
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(count),
                   "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # fmt: skip
-        output = tmp_path / f"out-{count}"
-        common = [model, "--dataset_name", str(grey.parent), "--split", "test", "--batch_size", "2"]
-        for verb, options in (("evaluate", ["--nll"]), ("calibrate", ["--timesteps", "40"])):
-            command = [*launch, str(script), verb, *common, "--output", str(output), *options]
-            env = os.environ | {"ACCELERATE_USE_CPU": "1"}
-            result = subprocess.run(command, capture_output=True, text=True, env=env)
-            assert result.returncode == 0, result.stdout + result.stderr
-        stored = DDPMPipeline.from_pretrained(output).scheduler.analytic
-        made[count] = ({row.metric: row.value for row in read_results(output)}, stored)
+        command = [sys.executable, *(launch if count > 1 else []), str(script), json.dumps(jobs)]
+        env = os.environ | {"ACCELERATE_USE_CPU": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert result.stdout.count("Bits/dim: ") == 1  # one process speaks
+        stored = DDPMPipeline.from_pretrained(tmp_path / f"out-{count}").scheduler.analytic
+        rows = read_results(tmp_path / f"out-{count}")
+        made[count] = ({row.metric: row.value for row in rows}, stored)
     # The same images in the same batches; two processes have half the threads each, with which
     # float32 convolutions round differently: 2e-8 of the bits/dim.
     assert made[1][0] == pytest.approx(made[2][0], rel=1e-6)
-    assert made[1][1]["mean_square_eps"] == pytest.approx(made[2][1]["mean_square_eps"], rel=1e-5)
+    for name in ("mean_square_eps", "x_0_variance"):
+        assert made[1][1][name] == pytest.approx(made[2][1][name], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_reaches_both(model, grey, tmp_path):
+    """Broken weights: neither waits for the other."""
+    pipe = DDPMPipeline.from_pretrained(model)
+    with torch.no_grad():
+        pipe.unet.conv_out.bias += torch.nan
+    pipe.save_pretrained(model)
+    script = tmp_path / "job.py"
+    script.write_text("import sys\nfrom ddpm_hf.cli import main\nsys.exit(main(sys.argv[1:]))\n")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2",
+              "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # fmt: skip
+    words = ["evaluate", model, "--dataset_name", str(grey.parent), "--nll", "--timesteps", "4"]
+    result = subprocess.run(
+        [sys.executable, *launch, str(script), *words, "--batch_size", "7"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "1"},
+        timeout=300,
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("ddpm-hf: error: the network's output is not finite") == 2
 
 
 def test_sample_takes_eta_and_the_calibrated_variance(model, grey, tmp_path):

