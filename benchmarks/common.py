@@ -70,6 +70,7 @@ def measure_quality(
     *,
     num_inference_steps: int = 20,
     num_images: int | None = None,
+    **options: float | bool,
 ) -> dict[str, float]:
     """FD, its floor and KID of images that a pipeline samples, by the yardstick.
 
@@ -79,6 +80,7 @@ def measure_quality(
         images: Its reference set, a key of NUM_IMAGES.
         num_inference_steps: Network evaluations an image.
         num_images: NUM_IMAGES by default; FD of other numbers is no FD of these.
+        options: Of `sample_to`.
     """
     with tempfile.TemporaryDirectory() as folder:
         samples = f"{folder}/samples.npy"
@@ -88,6 +90,7 @@ def measure_quality(
             num_images or NUM_IMAGES[images],
             batch_size=250,
             num_inference_steps=num_inference_steps,
+            **options,
         )
         command = [sys.executable, yardstick, "--set", images, "--images", samples]
         measured = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)

@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
+import diffusers
 import pytest
 from huggingface_hub import ModelCard
 
@@ -111,6 +113,21 @@ def test_numbers_of_older_weights_are_not_shown(tmp_path):
 def test_settings_from_elsewhere_are_text(tmp_path):
     folder = make_folder(tmp_path / "run", raw={"optimizer": "<b>x</b> | [y](http://z)"})
     assert r"\<b\>x\</b\> \| \[y\](http\://z), learning rate" in render_card(folder)
+
+
+def test_a_calibrated_model_samples_its_timesteps_with_stock_by_two_lines(tmp_path):
+    folder = make_folder(tmp_path / "run")
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    config["_ddpm_hf"]["analytic"] = {"num_images": 2000, "timesteps": {"3": [999, 500, 10]}}
+    path.write_text(json.dumps(config))
+    text = render_card(folder)
+    assert "calibrated on 2000 images" in text
+    code = text.split("with plain diffusers too:\n\n```python\n")[1].split("images =")[0]
+    pipe = SimpleNamespace(scheduler=diffusers.DDPMScheduler())
+    exec(code, {"pipe": pipe})
+    pipe.scheduler.set_timesteps(3, device="cpu")  # as a pipeline calls it
+    assert pipe.scheduler.timesteps.tolist() == [999, 500, 10]
 
 
 def test_configurations_may_be_silent(tmp_path):

@@ -60,7 +60,8 @@ def test_dry_run_writes_nothing(quick_settings, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["trian"], "verb must be one of train, sample, ema, push, convert; got 'trian'. Did you"),
+        (["trian"], "verb must be one of train, sample, evaluate, calibrate, ema, push, convert; "
+         "got 'trian'. Did you mean 'train'?"),
         (["sample"], "the following arguments are required: REPO_OR_FOLDER"),
         (["sample", "x"], "name what to write: --output, --grid or both"),
         (["sample", "./nowhere", "--grid", "g.png"], "cannot load a pipeline from './nowhere'"),

@@ -10,6 +10,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler
+from ddpm_hf.calibration import MeanSquareEps, store
 from ddpm_hf.errors import InputError
 from ddpm_hf.pipeline import image_grid, save_image_grid
 
@@ -442,3 +443,83 @@ def test_grid_of_colour_images_from_a_tensor(tmp_path):
     path = save_image_grid(torch.full((2, 3, 64, 64), 1.0), tmp_path / "new" / "grid.png")
     with Image.open(path) as grid:
         assert (grid.mode, grid.size) == ("RGB", (134, 68))
+
+
+# The variance of a call
+
+
+def calibrated(pipe):
+    """The pipeline with the statistics of a network that knows nothing of the noise."""
+    num_timesteps = len(pipe.scheduler.beta)
+    value = torch.linspace(0.5, 0.99, num_timesteps, dtype=torch.float64)
+    store(pipe.scheduler, MeanSquareEps(value, torch.zeros(num_timesteps)))
+    return pipe
+
+
+def images_of(pipe, num_inference_steps=6, **options):
+    return pipe(2, seeded(), num_inference_steps, output_type="pt", **options).images
+
+
+def test_eta_is_ddim_and_at_one_ddpm(pipe):
+    ddim = images_of(pipe, eta=0.0)
+    stock = swap(DDPMPipeline(pipe.unet, pipe.scheduler), "DDIMScheduler")
+    stock.set_progress_bar_config(disable=True)
+    # Theirs keeps the noise that the unclipped image had, and walks in equal strides: unclipped and
+    # where T is a multiple of the steps the two are the same.
+    for unclipped in (pipe, stock):
+        unclipped.scheduler.register_to_config(clip_sample=False)
+    ours, theirs = images_of(pipe, 10, eta=0.0), images_of(stock, 10)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # stock's tables are float32
+    pipe.scheduler.register_to_config(clip_sample=True)
+    assert torch.equal(ddim, images_of(pipe, eta=0.0))
+    torch.testing.assert_close(images_of(pipe, eta=1.0), images_of(pipe), rtol=0, atol=1e-5)
+    assert not torch.equal(images_of(pipe, eta=0.5), ddim)
+
+
+def test_a_calibrated_variance_can_be_left_out_and_ddim_asks_for_it(pipe):
+    plain, plain_ddim = images_of(pipe), images_of(pipe, eta=0.0)
+    calibrated(pipe)
+    assert torch.equal(images_of(pipe, analytic=False), plain)
+    assert torch.equal(images_of(pipe, analytic=True), images_of(pipe))
+    assert not torch.equal(images_of(pipe), plain)
+    assert torch.equal(images_of(pipe, eta=0.0), plain_ddim)
+    assert not torch.equal(images_of(pipe, eta=0.0, analytic=True), plain_ddim)
+
+
+def test_a_calibrated_fixed_large_is_not_warned_about(pipe, tiny_unet, caplog):
+    logger = diffusers.utils.logging.get_logger("ddpm_hf.pipeline")
+    pipe = DDPMPipeline(tiny_unet, build_scheduler("cifar10"))
+    pipe.set_progress_bar_config(disable=True)
+    logger.addHandler(caplog.handler)
+    try:
+        images_of(pipe, eta=0.0)
+        images_of(calibrated(pipe))
+        assert not caplog.messages
+        images_of(pipe, analytic=False)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "variance_type='fixed_large' is for all 1000 steps" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(eta=1.5), r"eta must be between 0 \(DDIM\) and 1 \(DDPM\); got 1.5"),
+        (dict(analytic=True), "analytic needs a calibrated model: run `ddpm-hf calibrate`"),
+        (dict(eta=0.0, analytic=True), "analytic needs a calibrated model"),
+    ],
+)
+def test_a_variance_that_cannot_be_is_refused(pipe, options, message):
+    with pytest.raises(InputError, match=message):
+        images_of(pipe, **options)
+
+
+def test_other_schedulers_have_no_eta(pipe):
+    with pytest.raises(InputError, match="the pipeline's is DDIMScheduler: leave them out, or set"):
+        images_of(swap(pipe, "DDIMScheduler"), eta=0.0)
+
+
+def test_pictures_in_rows_of_a_number():
+    tiles = [Image.new("L", (56, 56))] * 6
+    assert image_grid(tiles, columns=3).size == (3 * 58 + 2, 2 * 58 + 2)
+    assert image_grid(tiles, columns=6).size == (6 * 58 + 2, 58 + 2)

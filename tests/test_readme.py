@@ -63,6 +63,14 @@ def test_the_converting_commands_are_accepted(command, tmp_path, monkeypatch, ca
     assert "is not a file; name a checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "calibrate"])
+def test_the_measuring_commands_are_accepted(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (command,) = [line for line in COMMANDS if line.startswith(f"ddpm-hf {verb}")]
+    assert main(shlex.split(command)[1:]) == 2
+    assert "cannot load a pipeline from 'out/fashion-quick'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("code", [block for language, block in BLOCKS if language == "python"])
 def test_python_blocks_compile_and_import_what_exists(code):
     tree = ast.parse(code)

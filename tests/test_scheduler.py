@@ -135,6 +135,31 @@ def test_golden_ancestral_mean_path(golden, num_steps):
     assert_golden(x, golden.arrays[f"respaced/{num_steps}/ancestral_mean_path"])
 
 
+@pytest.mark.parametrize("num_steps", [10, 25, 50, 100])
+def test_golden_ddim(golden, num_steps):
+    """eta = 0, with the noise derived again from the clipped image."""
+    scheduler = DDPMScheduler(**golden.process)
+    timesteps = golden.arrays[f"respaced/{num_steps}/timesteps"].tolist()
+    x = golden.arrays["bpd/noise"]
+    for t, s in zip(timesteps[::-1], [*timesteps[-2::-1], -1], strict=True):
+        eps_hat = (1 - scheduler.alpha_bar_at(t)).sqrt().float() * x
+        p = scheduler.ddim_step(eps_hat, x, t, s).distribution
+        assert p.log_variance.isneginf().all()
+        x = p.mean
+    assert_golden(x, golden.arrays[f"respaced/{num_steps}/ddim_eta0_sample"])
+
+
+def test_ddim_with_eta_1_is_ddpm_with_fixed_small():
+    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    output, x_t = noise(8, 1, 4, 4).double(), images(8, 1, 4, 4).double()
+    t, s = T_ALL[2:], T_ALL[1:-1]
+    ddpm = scheduler.p_step(output[2:], x_t[2:], t, s).distribution
+    ddim = scheduler.ddim_step(output[2:], x_t[2:], t, s, eta=1.0).distribution
+    # float64, where 1 - alpha_bar_s - beta-tilde loses some digits
+    torch.testing.assert_close(ddim.mean, ddpm.mean, rtol=0, atol=1e-10)
+    torch.testing.assert_close(ddim.log_variance, ddpm.log_variance, rtol=1e-12, atol=0)
+
+
 # A world with exact answers
 
 

@@ -32,6 +32,9 @@ ORDER = [
     "data",
     "streaming",
     "losses",
+    "likelihood",
+    "calibration",
+    "inversion",
     "pipeline",
     "optimization",
     "sampling",
@@ -52,6 +55,7 @@ ORDER = [
     "resuming",
     "outputs",
     "training",
+    "bound",
     "cli",
 ]
 MATHS = ORDER[: ORDER.index("ema") + 1]

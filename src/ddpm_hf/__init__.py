@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .bound import calibrate, evaluate
     from .config import TrainingConfig
     from .hub import push_to_hub
     from .pipeline import DDPMPipeline
@@ -24,6 +25,8 @@ _WHERE = {
     "build_scheduler": "presets",
     "build_unet": "presets",
     "push_to_hub": "hub",
+    "calibrate": "bound",
+    "evaluate": "bound",
     "train": "training",
 }
 
@@ -35,6 +38,8 @@ __all__ = [
     "build_scheduler",
     "build_unet",
     "push_to_hub",
+    "calibrate",
+    "evaluate",
     "train",
 ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,9 @@ def render_card(
         data_license=data["license"] or data_license,
         results=results,
         has_grid=(folder / "samples" / "grid.png").is_file(),
+        analytic=extras.get("analytic"),
+        stock_timesteps=stock_timesteps,
+        has_rate_distortion=(folder / "rate_distortion.png").is_file(),
         has_curve=(folder / "loss_curve.png").is_file(),
     )
     return str(card)
@@ -215,6 +219,18 @@ def size_name(sample_size: Any) -> str:
     if isinstance(sample_size, list):
         return "x".join(str(int(side)) for side in sample_size)
     return f"{int(sample_size)}x{int(sample_size)}" if sample_size else "any size of"
+
+
+def stock_timesteps(chain: Sequence[int]) -> str:
+    """The two lines that have a pipeline of plain diffusers sample these timesteps.
+
+    Its DDPM, and its DPM-Solver++ and Euler, take a list; the pipeline gives none.
+    """
+    return (
+        f"timesteps = {[int(t) for t in chain]}\n"
+        "pipe.scheduler.set_timesteps = lambda *_, s=pipe.scheduler, **__: "
+        "type(s).set_timesteps(s, timesteps=timesteps)"
+    )
 
 
 def schedule_name(process: dict[str, Any], extras: dict[str, Any]) -> str:

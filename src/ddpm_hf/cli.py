@@ -1,4 +1,4 @@
-"""`ddpm-hf train | sample | ema | push | convert`: each verb a few lines over the Python call.
+"""`ddpm-hf train | sample | push | ...`: each verb a few lines over a Python call.
 
 With `--json` standard output is one JSON object, the call's result or `{"error": ...}`, and all
 else goes to standard error. Exit codes: 0 done; 1 training failed, and 2 input that its user can
@@ -70,6 +70,12 @@ def sample_command(argv: list[str]) -> Any:
         default=1.0,
         help="1 + w in classifier-free guidance (default: %(default)s, off).",
     )
+    add("--eta", type=float, help="DDIM with so much of DDPM's noise, 0 to 1, under ddpm.")
+    add(
+        "--analytic",
+        choices=("yes", "no"),
+        help="The variance of `ddpm-hf calibrate` (default: where it is there and --eta is not).",
+    )
     add("--output", help="Folder for PNGs, or a .npy or .npz file.")
     add("--grid", help="Picture of the first 64 images.")
     args = parser.parse_args(argv)
@@ -79,7 +85,7 @@ def sample_command(argv: list[str]) -> Any:
 
     pipe = load_pipeline(args.pipeline, args.scheduler)
     all_steps = pipe.scheduler.config.num_train_timesteps
-    ancestral = type(pipe.scheduler).__name__ == "DDPMScheduler"
+    ancestral = type(pipe.scheduler).__name__ == "DDPMScheduler" and args.eta is None
     default, given = all_steps if ancestral else min(50, all_steps), args.num_inference_steps
     num_inference_steps = default if given is None else given
     sample_to(
@@ -91,10 +97,86 @@ def sample_command(argv: list[str]) -> Any:
         num_inference_steps=num_inference_steps,
         class_label=int(label) if (label := args.class_label or "").isdigit() else label or None,
         guidance_scale=args.guidance_scale,
+        eta=args.eta,
+        analytic=None if args.analytic is None else args.analytic == "yes",
         grid=args.grid,
     )
     print("\n".join(f"Wrote {path}" for path in (args.output, args.grid) if path))
     return vars(args) | {"num_inference_steps": num_inference_steps}
+
+
+def evaluate_command(argv: list[str]) -> Any:
+    """Measure a trained pipeline on images: bits per dimension, rate and distortion."""
+    parser = _image_parser("ddpm-hf evaluate", evaluate_command.__doc__)
+    add = parser.add_argument
+    add("--nll", action="store_true", help="Negative log-likelihood, by the variational bound.")
+    add("--num_images", type=int, help="So many images spread over the split (default: all).")
+    add("--timesteps", type=int, help="So many timesteps an image, an estimate (default: all).")
+    args = vars(parser.parse_args(argv))
+    if not args.pop("nll"):
+        parser.error("name what to measure: --nll")
+    from .bound import evaluate, table
+
+    result = evaluate(**args)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(table(result.curve))
+        print(
+            f"Bits/dim: {result.bits_per_dim:.4f}, 95 % within {result.interval[0]:.4f} to "
+            f"{result.interval[1]:.4f}, of {result.num_images} images\n"
+            f"Rate {result.rate_bpd:.4f} + distortion {result.distortion_bpd:.4f} bits/dim, RMSE "
+            f"{result.distortion_rmse:.2f} of 255"
+        )
+        if result.output_dir:
+            print(f"Wrote results.json, rate_distortion and reconstructions: {result.output_dir}")
+    return result
+
+
+def calibrate_command(argv: list[str]) -> Any:
+    """Measure what optimal variances and timesteps need; sampling in few steps then uses them."""
+    parser = _image_parser("ddpm-hf calibrate", calibrate_command.__doc__)
+    add = parser.add_argument
+    add("--num_images", type=int, default=2000, help="Images measured (default: %(default)s).")
+    add("--timesteps", type=int, default=100, help="Timesteps of each (default: %(default)s).")
+    add(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="K",
+        help="Store optimal timesteps for so many steps (default: none; they are spaced evenly).",
+    )
+    args = vars(parser.parse_args(argv))
+    from .bound import calibrate
+    from .card import stock_timesteps
+
+    result = calibrate(**args)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(
+            f"Calibrated {result.output_dir} on {result.num_images} images: standard error at most "
+            f"{result.standard_error:.1e}"
+        )
+        for count, chain in result.timesteps.items():
+            print(f"Optimal timesteps for {count} steps, in plain diffusers too by these lines:")
+            print(stock_timesteps(chain))
+    return result
+
+
+def _image_parser(prog: str, description: str | None) -> "_Parser":
+    """Flags of the verbs that measure a pipeline on images."""
+    parser = _Parser(prog, description=description)
+    add = parser.add_argument
+    add("pipeline", metavar="REPO_OR_FOLDER", help="Hub id, or folder of a run.")
+    add("--dataset_name", required=True, help="Images: Hub id, folder, parquet file, `embedded`.")
+    add("--dataset_config_name", help="Configuration of the data set, if it has several.")
+    add("--split", help="Of the data set (default: test or validation to evaluate, else train).")
+    add("--image_column", help="Column with the images; found by its type when not given.")
+    add("--label_column", help="Column with the classes, for a class-conditional network.")
+    add("--cache_dir", help="Where `datasets` keeps downloads and decoded images.")
+    add("--batch_size", type=int, default=64, help="Images at once (default: %(default)s).")
+    add("--seed", type=int, default=0, help="Of noise and timesteps (default: %(default)s).")
+    add("--fit", action="store_true", help="Resize, crop and convert images as training does.")
+    add("--output", help="Folder to write to (default: that of the pipeline).")
+    return parser
 
 
 def ema_command(argv: list[str]) -> Any:
@@ -190,6 +272,8 @@ class _Parser(argparse.ArgumentParser):
 VERBS = {
     "train": train_command,
     "sample": sample_command,
+    "evaluate": evaluate_command,
+    "calibrate": calibrate_command,
     "ema": ema_command,
     "push": push_command,
     "convert": convert_command,
@@ -248,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(
             "Usage: ddpm-hf VERB ...\n\n"
-            + "\n".join(f"  {verb:8}{f.__doc__}" for verb, f in VERBS.items())
+            + "\n".join(f"  {verb:10}{f.__doc__}" for verb, f in VERBS.items())
         )
         print("\n`ddpm-hf VERB --help` lists its flags; with --json it prints its result as JSON.")
         return 0

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .config import TrainingConfig
 from .errors import InputError
-from .pixels import SHAPE, crop_each, crop_equal, crop_on_device, luma
+from .pixels import SHAPE, crop_each, crop_equal, crop_on_device, encoded_size, luma
 from .sources import (
     check_label,
     find_held_out_split,
@@ -357,6 +357,23 @@ def decode_all(source: datasets.Dataset, config: TrainingConfig) -> ImageSet:
         num_classes=classes,
         class_names=getattr(source.features.get(label_column), "names", None),
     )
+
+
+def check_sizes(source: datasets.Dataset, config: TrainingConfig) -> None:
+    """Raise InputError for an image that `decode_row` would have to resize; reads headers only."""
+    import datasets
+
+    column = find_image_column(source.features, config.image_column)
+    cells = source.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    for row, cell in enumerate(cells):
+        size = encoded_size(cell[column])
+        if size not in (None, config.image_size):
+            (height, width), (wanted_height, wanted_width) = size, config.image_size
+            raise InputError(
+                f"row {row} of the images is {height}x{width}, and the network's are "
+                f"{wanted_height}x{wanted_width}: choose another set, or resize and crop them with "
+                "--fit"
+            )
 
 
 def find_faults(table: datasets.Dataset, config: TrainingConfig) -> list[str]:

@@ -59,6 +59,9 @@ PUBLIC = (
     "scheduler/scheduler_config.json",
     "samples/grid.png",
     "loss_curve.png",
+    "rate_distortion.png",
+    "rate_distortion.json",
+    "reconstructions.png",
     RESULTS,
     TRAINING,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,16 @@ def deep_to_unit(image: Image.Image) -> Image.Image:
     if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= limit):
         raise ValueError(f"pixels of mode {image.mode} must be in [0, {limit:g}]")
     return Image.fromarray(pixels / limit * 2 - 1)
+
+
+def encoded_size(cell: dict[str, Any] | None) -> tuple[int, int] | None:
+    """(height, width) of an image that is not decoded yet; None where it cannot be read."""
+    try:
+        content = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
+        with Image.open(content) as image:
+            return image.height, image.width
+    except Exception:  # noqa: BLE001  whatever it is, `decode_row` names it
+        return None
 
 
 def resize_to_cover(image: Image.Image, size: tuple[int, int], centre: bool) -> Image.Image:

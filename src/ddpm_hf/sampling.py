@@ -57,6 +57,8 @@ def sample_batches(
     num_inference_steps: int,
     class_label: int | str | None = None,
     guidance_scale: float = 1.0,
+    eta: float | None = None,
+    analytic: bool | None = None,
 ) -> Iterator[np.ndarray]:
     """Images in batches, uint8 (B, H, W, C); image i is drawn from (seed, i) in any batch.
 
@@ -75,6 +77,8 @@ def sample_batches(
             output_type="np",
             class_labels=labels,
             guidance_scale=guidance_scale,
+            eta=eta,
+            analytic=analytic,
         ).images
         yield (images * 255).round().astype(np.uint8)
 
@@ -89,6 +93,8 @@ def sample_to(
     num_inference_steps: int = 1000,
     class_label: int | str | None = None,
     guidance_scale: float = 1.0,
+    eta: float | None = None,
+    analytic: bool | None = None,
     grid: str | Path | None = None,
 ) -> None:
     """Sample images into `output` as they come, and the first 64 of them into one picture.
@@ -104,6 +110,7 @@ def sample_to(
         class_label: One class, number or name, for all images of a class-conditional network; all
             classes in turn when not given.
         guidance_scale: 1 + w in classifier-free guidance; 1.0 is off.
+        eta, analytic: DDIM, and the calibrated variance, as in `DDPMPipeline.__call__`.
         grid: File of the picture.
 
     Raises:
@@ -125,6 +132,8 @@ def sample_to(
             num_inference_steps=num_inference_steps,
             class_label=class_label,
             guidance_scale=guidance_scale,
+            eta=eta,
+            analytic=analytic,
         ):
             images = images[..., 0] if channels == 1 else images
             shown += [Image.fromarray(image) for image in images[: 64 - len(shown)]]

@@ -7,6 +7,7 @@ for a device); images are float32.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import diffusers
@@ -15,7 +16,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput, rescale_ze
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .errors import check_choice
+from .errors import InputError, check_choice
 from .functional import Gaussian, like, make_betas
 
 VARIANCE_TYPES = (
@@ -125,6 +126,25 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         extras = self.config.get("_ddpm_hf", {})
         check_extras(extras)
         return extras
+
+    @property
+    def analytic(self) -> dict | None:
+        """What `calibration.store` measured, as it is on disk; None where nothing was.
+
+        Raises:
+            InputError: it was measured with another noise schedule than this.
+        """
+        found = self.extras.get("analytic")
+        if found is None:
+            return None
+        same_length = len(found["mean_square_eps"]) == len(self.beta)
+        if not same_length or not math.isclose(found["alpha_bar_sum"], self.alpha_bar.sum()):
+            raise InputError(
+                f"the stored statistics are those of {len(found['mean_square_eps'])} timesteps of "
+                "another noise schedule than this scheduler's: calibrate the model again with "
+                "`ddpm-hf calibrate`, or go back to the schedule that it was trained with"
+            )
+        return found
 
     # Forward process q
 
@@ -264,24 +284,49 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         return output.split(channels, dim=1) if learned else (output, None)
 
     def reverse_log_variance(
-        self, t: Timestep, s: Timestep, model_variance: Tensor | None = None
+        self,
+        t: Timestep,
+        s: Timestep,
+        model_variance: Tensor | None = None,
+        *,
+        analytic: bool | None = None,
     ) -> Tensor:
         """Section 3.2: the log-variance of p(x_s | x_t), always a logarithm, for any s < t.
 
         fixed_small is beta-tilde, the exact variance for data of one point; fixed_large is beta,
         that for N(0, I). learned_range interpolates between the two logarithms (Nichol & Dhariwal
-        2021, eq. 15).
+        2021, eq. 15). Of a calibrated model the steps of a sub-chain take `analytic_variance`.
 
         Args:
             t, s: Timesteps, (B,).
             model_variance: The network's variance channels, (B, C, H, W), for the learned types.
+            analytic: Whether the step takes the calibrated variance. Without it that depends on the
+                step: a longer one than t -> t - 1, of a calibrated model, does.
 
         Returns:
-            (B,) float64 on the CPU for the fixed types, (B, C, H, W) for the learned ones.
+            (B,) float64 on the CPU, (B, C, H, W) where a variance is learned.
 
         Raises:
             ValueError: a learned type without `model_variance`.
+            InputError: `analytic` for a model that is not calibrated.
         """
+        if analytic:
+            return self.analytic_variance(t, s).log()
+        log_variance = self._log_variance_of_type(t, s, model_variance)
+        if analytic is not None or self.analytic is None:
+            return log_variance
+        longer = torch.as_tensor(t, device="cpu") - torch.as_tensor(s, device="cpu") > 1
+        if not bool(longer.any()):
+            return log_variance
+        optimal = self.analytic_variance(t, s).log()
+        if log_variance.ndim > 1:
+            longer, optimal = like(longer, log_variance).bool(), like(optimal, log_variance)
+        return torch.where(longer, optimal, log_variance)
+
+    def _log_variance_of_type(
+        self, t: Timestep, s: Timestep, model_variance: Tensor | None
+    ) -> Tensor:
+        """`reverse_log_variance` as `variance_type` has it."""
         variance_type = self.config.variance_type
         if variance_type in ("learned", "learned_range") and model_variance is None:
             raise ValueError(
@@ -302,8 +347,80 @@ class DDPMScheduler(diffusers.DDPMScheduler):
                 fraction = (model_variance + 1) / 2
                 return fraction * like(large, fraction) + (1 - fraction) * like(small, fraction)
 
+    def x_0_variance(self, mean_square_eps: Tensor) -> Tensor:
+        """Bao et al. 2022, theorems 1 and 2: Var[x_0 | x_t] / D, as an exact network implies it.
+
+        Args:
+            mean_square_eps: E|eps_hat|**2 / D of every timestep, (T,).
+
+        Returns:
+            (T,) float64, at least 0, and at most 1, which it is for data in [-1, 1].
+        """
+        a = self.alpha_bar[1:]
+        variance = ((1 / a - 1) * (1 - mean_square_eps)).clamp(0, 1)
+        if a[-1] == 0:  # pure noise tells nothing, and almost pure noise hardly more
+            variance[-1] = variance[-2]
+        return variance
+
+    def optimal_variance(
+        self, t: Timestep, s: Timestep, x_0_variance: Tensor, *, eta: float = 1.0
+    ) -> Tensor:
+        """Bao et al. 2022, theorem 1: the variance of p(x_s | x_t) that the bound is least with.
+
+        By the law of total variance: what q(x_s | x_t, x_0) has for a known image, and as much of
+        what x_0 is away from x_0_hat as reaches x_s.
+
+        Args:
+            t, s: Timesteps, any shape, s < t.
+            x_0_variance: Of x_0 around x_0_hat, at every timestep, (T,).
+            eta: 1 for DDPM, 0 for DDIM: see `ddim_step`.
+
+        Returns:
+            float64 on the CPU, of the shape of t and s.
+        """
+        alpha_bar_t, alpha_bar_s = self.alpha_bar_at(t), self.alpha_bar_at(s)
+        known = eta**2 * self._posterior_variance(t, s)
+        ratio = alpha_bar_t / (1 - alpha_bar_t)
+        coef_x_0 = alpha_bar_s.sqrt() - ((1 - alpha_bar_s - known).clamp(min=0) * ratio).sqrt()
+        return known + coef_x_0**2 * x_0_variance[torch.as_tensor(t, device="cpu")]
+
+    def analytic_variance(self, t: Timestep, s: Timestep, *, eta: float = 1.0) -> Tensor:
+        """`optimal_variance` by the stored statistics, as it is sampled with: (B,) float64.
+
+        The noise of the step to s = 0, which is seen in the image, is at most `clip_pixels` grey
+        levels in the mean, as in their code; DDIM's at most one. At s = -1 it
+        is at least beta-tilde's floor.
+
+        Raises:
+            InputError: the model is not calibrated, or with another noise schedule.
+        """
+        stored = self.analytic
+        if stored is None:
+            raise InputError(
+                "the calibrated variance needs a calibrated model: run `ddpm-hf calibrate` first"
+            )
+        if "x_0_variance" in stored:
+            x_0_variance = torch.tensor(stored["x_0_variance"], dtype=torch.float64)
+        else:
+            eps = torch.tensor(stored["mean_square_eps"], dtype=torch.float64)
+            x_0_variance = self.x_0_variance(eps)
+        variance = self.optimal_variance(t, s, x_0_variance, eta=eta)
+        levels = stored["clip_pixels"] if eta == 1 else min(1.0, stored["clip_pixels"])
+        # E|N(0, 1)| = sqrt(2 / pi), and a grey level is 2 / 255.
+        most = levels * 2 / 255 * math.sqrt(math.pi / 2)
+        s = torch.as_tensor(s, device="cpu")
+        variance = torch.where(s == 0, variance.clamp(max=most**2), variance)
+        return torch.where(s == -1, variance.clamp(min=self._posterior_variance(1, 0)), variance)
+
     def p_step(
-        self, output: Tensor, x_t: Tensor, t: Timestep, s: Timestep, *, clip: bool = True
+        self,
+        output: Tensor,
+        x_t: Tensor,
+        t: Timestep,
+        s: Timestep,
+        *,
+        clip: bool = True,
+        analytic: bool | None = None,
     ) -> ReverseStep:
         """Eqs. (1), (11): p_theta(x_s | x_t), the posterior with the predicted x_0_hat as x_0.
 
@@ -314,6 +431,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             x_t: Noised images, (B, C, H, W).
             t, s: Timesteps, one or (B,), s < t.
             clip: Clip x_0_hat as configured; False, as in training, never does.
+            analytic: See `reverse_log_variance`.
 
         Raises:
             ValueError: channels that do not fit `variance_type`, or timesteps that do not fit.
@@ -323,8 +441,50 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         if clip:
             x_0_hat = self.clip_x_0(x_0_hat)
         mean = self.q_posterior(x_0_hat, x_t, t, s).mean
-        log_variance = like(self.reverse_log_variance(t, s, model_variance), x_t)
-        return ReverseStep(Gaussian(mean, log_variance), x_0_hat)
+        log_variance = self.reverse_log_variance(t, s, model_variance, analytic=analytic)
+        return ReverseStep(Gaussian(mean, like(log_variance, x_t)), x_0_hat)
+
+    def ddim_step(
+        self,
+        output: Tensor,
+        x_t: Tensor,
+        t: Timestep,
+        s: Timestep,
+        *,
+        eta: float = 0.0,
+        clip: bool = True,
+        analytic: bool = False,
+    ) -> ReverseStep:
+        """Song et al. 2021 (DDIM), eq. (12): p(x_s | x_t) with eta**2 times beta-tilde's variance.
+
+        eta = 0 is deterministic, a log-variance of -inf, and eta = 1 is `p_step` with fixed_small.
+        The noise is derived again from the clipped x_0_hat, as in OpenAI's code, so that the two
+        stay consistent. With `analytic` it is Analytic-DDIM (Bao et al. 2022): the same mean, and
+        the variance that is optimal for it.
+
+        Args: those of `p_step`.
+        """
+        output, _ = self.split_output(output, x_t.shape[1])
+        x_0_hat = self.to_x_0(output, x_t, t)
+        if clip:
+            x_0_hat = self.clip_x_0(x_0_hat)
+        mean = self.ddim_mean(x_0_hat, x_t, t, s, eta=eta)
+        variance = eta**2 * self._posterior_variance(t, s)
+        if analytic:
+            variance = self.analytic_variance(t, s, eta=eta)
+        return ReverseStep(Gaussian(mean, like(variance.log(), x_t)), x_0_hat)
+
+    def ddim_mean(
+        self, x_0_hat: Tensor, x_t: Tensor, t: Timestep, s: Timestep, *, eta: float = 0.0
+    ) -> Tensor:
+        """Song et al. 2021 (DDIM), eq. (7): the mean of q(x_s | x_t, x_0) in their family of q.
+
+        Arguments as in `ddim_step`; all images (B, C, H, W).
+        """
+        alpha_bar_s = self.alpha_bar_at(s)
+        coef_eps = (1 - alpha_bar_s - eta**2 * self._posterior_variance(t, s)).clamp(min=0).sqrt()
+        eps_hat = self.to_eps(x_0_hat, x_t, t)
+        return like(alpha_bar_s.sqrt(), x_t) * x_0_hat + like(coef_eps, x_t) * eps_hat
 
     # diffusers' names and signatures
 
@@ -350,6 +510,8 @@ class DDPMScheduler(diffusers.DDPMScheduler):
     ) -> None:
         """Choose the sub-chain to sample: as many timesteps as asked for, or the list given.
 
+        Of a calibrated model these are the optimal timesteps, where they are stored for that many.
+
         Raises:
             ValueError: neither or both are given, or they do not fit into the T trained timesteps.
         """
@@ -361,6 +523,9 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             raise ValueError(
                 f"timesteps must be a descending list of timesteps >= 0; got {timesteps}"
             )
+        stored = (self.analytic or {}).get("timesteps", {}).get(str(num_inference_steps))
+        if stored is not None:
+            num_inference_steps, timesteps = None, stored
         super().set_timesteps(num_inference_steps, device, timesteps)
         # Stock walks down by a float stride, whose rounding yields one timestep too many for some
         # counts; with steps_offset its first one may not exist.
@@ -395,17 +560,45 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Algorithm 2, lines 3-4: draw x_s ~ p(x_s | x_t); the last step takes the mean.
-
-        The result has the dtype of `sample`; inside, everything is float32.
-        """
-        x_t = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        s = self.previous_timestep(timestep)
-        p, x_0_hat = self.p_step(model_output, x_t, int(timestep), s)
-        x_s = p.mean
-        if s >= 0:
-            x_s = p.sample(
-                randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
-            )
+        """`reverse_step` in diffusers' words; the result has the dtype of `sample`."""
+        x_s, x_0_hat = self.reverse_step(model_output, sample, timestep, generator)
         x_s, x_0_hat = x_s.to(sample.dtype), x_0_hat.to(sample.dtype)
         return DDPMSchedulerOutput(x_s, x_0_hat) if return_dict else (x_s, x_0_hat)
+
+    def reverse_step(
+        self,
+        output: Tensor,
+        x_t: Tensor,
+        t: int | Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        *,
+        eta: float | None = None,
+        analytic: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Algorithm 2, lines 3-4: draw x_s ~ p(x_s | x_t); the last step takes the mean.
+
+        Inside, everything is float32.
+
+        Args:
+            output, x_t: See `p_step`.
+            t: The timestep; s is the next one of the sub-chain.
+            generator: One for the batch, or one per image.
+            eta: Take `ddim_step` with it.
+            analytic: Take the calibrated variance. Without it a sub-chain of a calibrated model
+                does, unless by `eta`.
+
+        Returns:
+            x_s and x_0_hat, (B, C, H, W).
+        """
+        x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
+        s = self.previous_timestep(t)
+        if eta is not None:
+            p, x_0_hat = self.ddim_step(output, x_t, int(t), s, eta=eta, analytic=bool(analytic))
+        else:
+            if analytic is None:
+                analytic = self.analytic is not None and len(self.timesteps) < len(self.beta)
+            p, x_0_hat = self.p_step(output, x_t, int(t), s, analytic=analytic)
+        if s < 0 or (eta == 0 and not analytic):
+            return p.mean, x_0_hat
+        eps = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
+        return p.sample(eps), x_0_hat

@@ -1,0 +1,112 @@
+"""Quality by sampler and number of steps, from one checkpoint: FD by the yardstick.
+
+    ddpm-hf calibrate out/fashion --dataset_name fashion_mnist_train.parquet --steps 5 10 25 50 100
+    python benchmarks/sampling.py --yardstick YARDSTICK.py --pipeline out/fashion --output sampling
+    python benchmarks/sampling.py --yardstick YARDSTICK.py --pipeline out/fashion --output sampling-1000 \
+        --num_images 500 --steps 1000 25 --samplers fixed_small fixed_large analytic-ddpm analytic-ddim
+
+Every sampler gets the same noise to start from. Uniform timesteps are evenly spaced, trailing; optimal ones
+are those that the calibration stored for that many steps. dpm++ (2M) and unipc are diffusers' own; ddim is
+this package's, with the noise derived again from the clipped image, and ddim-stock diffusers'.
+Writes benchmarks/results/OUTPUT.json, a row a sampler and number of steps, as each ends.
+"""  # noqa: E501
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+from common import NUM_IMAGES, measure_quality, save_report, start_report
+
+from ddpm_hf import DDPMPipeline, DDPMScheduler
+from ddpm_hf.sampling import load_pipeline
+
+
+class Sampler(NamedTuple):
+    """A scheduler's class, settings of its configuration, and options of the call."""
+
+    scheduler: type
+    settings: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    takes_timesteps: bool = True
+
+
+SAMPLERS = {
+    "fixed_small": Sampler(DDPMScheduler, {"variance_type": "fixed_small"}, {"analytic": False}),
+    "fixed_large": Sampler(DDPMScheduler, {"variance_type": "fixed_large"}, {"analytic": False}),
+    "analytic-ddpm": Sampler(DDPMScheduler, options={"analytic": True}),
+    "ddim": Sampler(DDPMScheduler, options={"eta": 0.0}),
+    "analytic-ddim": Sampler(DDPMScheduler, options={"eta": 0.0, "analytic": True}),
+    "ddim-stock": Sampler(diffusers.DDIMScheduler, takes_timesteps=False),
+    "dpm++": Sampler(diffusers.DPMSolverMultistepScheduler),
+    "unipc": Sampler(diffusers.UniPCMultistepScheduler, takes_timesteps=False),
+}
+
+
+def with_sampler(pipe: DDPMPipeline, sampler: Sampler, timesteps: list[int] | None) -> DDPMPipeline:
+    """The pipeline with a sampler, and with given timesteps or evenly spaced ones."""
+    extras = dict(pipe.process.extras)
+    extras["analytic"] = {**extras["analytic"], "timesteps": {}}
+    scheduler = sampler.scheduler.from_config(pipe.scheduler.config, **sampler.settings)
+    scheduler.register_to_config(_ddpm_hf=extras)
+    if timesteps is not None:
+        set_timesteps = type(scheduler).set_timesteps
+
+        def given(*_, device: Any = None, **__) -> None:
+            set_timesteps(scheduler, timesteps=timesteps, device=device)
+
+        scheduler.set_timesteps = given
+    return DDPMPipeline(pipe.unet, scheduler)
+
+
+def rows(names: list[str], steps: list[int], stored: dict) -> Iterator[tuple[str, int, str, Any]]:
+    """(sampler, K, word for its timesteps, the timesteps or None)."""
+    for count in steps:
+        for name in names:
+            yield name, count, "uniform", None
+            if str(count) in stored and SAMPLERS[name].takes_timesteps:
+                yield name, count, "optimal", list(stored[str(count)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--yardstick", type=Path, required=True, help="Path of yardstick.py.")
+    parser.add_argument("--pipeline", required=True, help="A calibrated pipeline.")
+    parser.add_argument("--images", choices=NUM_IMAGES, default="fashion")
+    parser.add_argument("--num_images", type=int, default=2000)
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 25, 50, 100])
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS))
+    parser.add_argument("--output", required=True, help="Name of the file in results/.")
+    args = parser.parse_args()
+    pipe = load_pipeline(args.pipeline)
+    stored = pipe.process.analytic
+    if stored is None:
+        parser.error("calibrate the pipeline first: ddpm-hf calibrate")
+    report = start_report(
+        f"samplers from one checkpoint, {args.num_images} images",
+        args.yardstick,
+        Path(args.pipeline),
+    ) | {"num_images": args.num_images}
+    for name, count, word, timesteps in rows(args.samplers, args.steps, stored["timesteps"]):
+        sampler = SAMPLERS[name]
+        started = time.perf_counter()
+        quality = measure_quality(
+            with_sampler(pipe, sampler, timesteps).to(pipe.device),
+            args.yardstick,
+            args.images,
+            num_inference_steps=count,
+            num_images=args.num_images,
+            **sampler.options,
+        )
+        row = {"sampler": name, "steps": count, "timesteps": word, **quality}
+        row["seconds"] = round(time.perf_counter() - started, 1)
+        report["rows"].append(row)
+        save_report(report, args.output)
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,352 @@
+"""`evaluate` and `calibrate` over sets of images: what they measure, write and refuse."""
+
+import json
+import os
+import subprocess
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+from PIL import Image
+
+from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler, calibrate, evaluate
+from ddpm_hf.bound import table
+from ddpm_hf.cli import main
+from ddpm_hf.errors import InputError
+from ddpm_hf.likelihood import bits_per_dim, noise_for
+from ddpm_hf.results import read_results
+
+T = 50
+
+
+def save_images(folder, count=7, size=(8, 8), channels=1):
+    """PNGs of one size, different from each other."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    shape = size if channels == 1 else (*size, channels)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def grey(tmp_path):
+    """Seven grey images of 8x8."""
+    return save_images(tmp_path / "grey" / "test")
+
+
+@pytest.fixture
+def model(tiny_unet, tmp_path):
+    scheduler = build_scheduler(ddpm_num_steps=T, ddpm_beta_schedule="linear")
+    DDPMPipeline(tiny_unet, scheduler).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_evaluate_measures_the_bound_of_every_image(model, grey, tmp_path):
+    result = evaluate(model, str(grey.parent), batch_size=3)
+    pixels = np.stack([np.asarray(Image.open(grey / f"{i}.png")) for i in range(7)])
+    x_0 = torch.from_numpy(pixels[:, None] / np.float32(127.5) - 1)
+    pipe = DDPMPipeline.from_pretrained(model)
+    bound = bits_per_dim(pipe.unet, pipe.scheduler, x_0, noise_for(0, range(7), (1, 8, 8)))
+    totals = bound.total_bpd.numpy()
+    # float32 convolutions round differently in batches of another size
+    assert result.bits_per_dim == pytest.approx(totals.mean(), rel=1e-5)
+    assert result.standard_error == pytest.approx(totals.std(ddof=1) / 7**0.5, rel=1e-3)
+    low, high = result.interval
+    assert low == pytest.approx(result.bits_per_dim - 1.96 * result.standard_error)
+    assert high - low == pytest.approx(2 * 1.96 * result.standard_error)
+    assert result.rate_bpd + result.distortion_bpd == pytest.approx(result.bits_per_dim)
+    assert result.distortion_bpd == pytest.approx(bound.vb_bpd[:, 0].mean().item(), rel=1e-5)
+    assert result.num_images == 7
+
+
+def test_evaluate_writes_results_table_plot_and_strips(model, grey, tmp_path, capsys):
+    words = ["evaluate", model, "--nll", "--dataset_name", str(grey.parent), "--timesteps", "20"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    folder = tmp_path / "model"
+    rows = {row.metric: row for row in read_results(folder)}
+    assert set(rows) == {"bits_per_dim", "rate", "distortion", "distortion_rmse"}
+    row = rows["bits_per_dim"]
+    assert (row.unit, row.dataset, row.split, row.num_images) == ("bits/dim", "grey", "test", 7)
+    assert row.protocol == "variational bound, 20 of 50 timesteps, stratified, fixed_small"
+    assert row.standard_error > 0
+    assert f"Bits/dim: {row.value:.4f}, 95 % within " in said
+    curve = json.loads((folder / "rate_distortion.json").read_text())
+    assert curve["dataset"] == "grey"
+    assert len(curve["t"]) == len(curve["rate_bpd"]) == len(curve["distortion_rmse"]) == 20
+    assert Image.open(folder / "rate_distortion.png").width > 500
+    # seven rows of nine x_0_hat and the image, each of 56 pixels and a border
+    assert Image.open(folder / "reconstructions.png").size == (10 * 58 + 2, 7 * 58 + 2)
+    assert main(words) == 0
+    assert len(read_results(folder)) == 4  # the same measurement takes the place of the first
+
+
+def test_the_last_reconstruction_is_close_to_the_image(model, grey, tmp_path):
+    """x_0_hat at t = 0 is x_t less a little noise, whatever the network says."""
+    evaluate(model, str(grey.parent), timesteps=5, output=tmp_path / "out")
+    strip = np.asarray(Image.open(tmp_path / "out" / "reconstructions.png").convert("L"), int)
+    tiles = [strip[2 + 10 : 58 : 7, 2 + 58 * k + 10 : 58 * (k + 1) : 7] for k in range(10)]
+    assert np.abs(tiles[8] - tiles[9]).mean() < 10 < np.abs(tiles[0] - tiles[9]).mean()
+    assert not (tmp_path / "model" / "results.json").exists()
+
+
+def test_a_subset_of_timesteps_agrees_within_its_error(model, grey):
+    few, every = (evaluate(model, str(grey.parent), timesteps=k) for k in (20, None))
+    error = (few.standard_error**2 + every.standard_error**2) ** 0.5
+    assert abs(few.bits_per_dim - every.bits_per_dim) < 3 * error
+    assert table(few.curve).count("\n") >= 10
+    assert table(every.curve).splitlines()[1].split()[0] == str(T - 1)
+
+
+def test_a_number_of_images_is_spread_over_the_set(model, grey):
+    whole = evaluate(model, str(grey.parent), timesteps=5)
+    three = evaluate(model, str(grey.parent), timesteps=5, num_images=3)
+    assert (whole.num_images, three.num_images) == (7, 3)
+
+
+def test_rgb_and_rectangular_images(tmp_path):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=(8, 12),
+        in_channels=3,
+        out_channels=6,
+        layers_per_block=1,
+        block_out_channels=(16, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )
+    scheduler = build_scheduler(ddpm_num_steps=T, variance_type="learned_range")
+    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "model")
+    data = save_images(tmp_path / "rgb" / "test", 4, (8, 12), 3).parent
+    result = evaluate(str(tmp_path / "model"), str(data), timesteps=10)
+    assert result.bits_per_dim > 0
+    assert read_results(tmp_path / "model")[0].protocol.endswith("stratified, learned_range")
+    calibrated = calibrate(str(tmp_path / "model"), str(data), split="test", timesteps=T)
+    pipe = DDPMPipeline.from_pretrained(calibrated.output_dir)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(1, num_inference_steps=5, output_type="np").images.shape == (1, 8, 12, 3)
+
+
+# Calibration
+
+
+def test_calibrate_in_place_and_sample_by_it(model, grey, tmp_path, capsys):
+    before = sorted(path for path in (tmp_path / "model").rglob("*"))
+    words = ["calibrate", model, "--dataset_name", str(grey.parent), "--split", "test"]
+    assert main([*words, "--timesteps", "40", "--steps", "5", "10"]) == 0
+    said = capsys.readouterr().out
+    assert "Optimal timesteps for 5 steps, in plain diffusers too by these lines:" in said
+    assert sorted(path for path in (tmp_path / "model").rglob("*")) == before
+    pipe = DDPMPipeline.from_pretrained(model)
+    stored = pipe.scheduler.analytic
+    assert len(stored["mean_square_eps"]) == len(stored["standard_error"]) == T
+    about = {key: stored[key] for key in ("dataset", "split", "num_images", "seed")}
+    assert about == {"dataset": "grey", "split": "test", "num_images": 7, "seed": 0}
+    pipe.set_progress_bar_config(disable=True)
+    pipe(1, num_inference_steps=10)
+    assert pipe.scheduler.timesteps.tolist() == list(stored["timesteps"]["10"])
+    stock = diffusers.DDPMPipeline.from_pretrained(model)
+    assert type(stock.scheduler) is diffusers.DDPMScheduler
+    lines = said.split("these lines:\n")[2].splitlines()[:2]
+    exec("\n".join(lines), {"pipe": stock})
+    stock(1, num_inference_steps=3)
+    assert stock.scheduler.timesteps.tolist() == list(stored["timesteps"]["10"])
+
+
+def test_calibrate_into_another_folder_leaves_the_first(model, grey, tmp_path):
+    made = calibrate(model, str(grey.parent), split="test", timesteps=T, output=tmp_path / "new")
+    assert made.timesteps == {}
+    assert DDPMScheduler.from_pretrained(f"{model}/scheduler").analytic is None
+    pipe = DDPMPipeline.from_pretrained(tmp_path / "new")
+    assert pipe.scheduler.analytic["num_images"] == 7
+    assert made.standard_error == pytest.approx(
+        max(pipe.scheduler.analytic["standard_error"]), rel=0.01
+    )
+
+
+def test_another_scheduler_in_the_folder_is_calibrated_too(tiny_unet, grey, tmp_path):
+    scheduler = diffusers.DDIMScheduler.from_config(build_scheduler(ddpm_num_steps=T).config)
+    DDPMPipeline(tiny_unet, scheduler).save_pretrained(tmp_path / "ddim")
+    calibrate(str(tmp_path / "ddim"), str(grey.parent), split="test", timesteps=T)
+    again = diffusers.DDIMScheduler.from_pretrained(tmp_path / "ddim" / "scheduler")
+    assert DDPMScheduler.from_config(again.config).analytic["num_images"] == 7
+
+
+# Classes
+
+
+def test_classes_of_the_images_reach_the_network(tmp_path):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(16,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        num_class_embeds=3,
+    )
+    for name in ("cat", "dog"):
+        save_images(tmp_path / "data" / "test" / name, 3)
+    totals = []
+    for names in (["cat", "dog"], ["dog", "cat"]):
+        scheduler = build_scheduler(ddpm_num_steps=T, class_names=names)
+        DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "model")
+        if names == ["cat", "dog"]:
+            right = evaluate(str(tmp_path / "model"), str(tmp_path / "data"), timesteps=10)
+            totals.append(right.bits_per_dim)
+            with torch.no_grad():
+                unet.class_embedding.weight[:2] = unet.class_embedding.weight[[1, 0]]
+            DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "model")
+            swapped = evaluate(str(tmp_path / "model"), str(tmp_path / "data"), timesteps=10)
+            totals.append(swapped.bits_per_dim)
+        else:
+            with pytest.raises(InputError, match="the set's classes are .*'cat', 'dog'.*, and the"):
+                evaluate(str(tmp_path / "model"), str(tmp_path / "data"), timesteps=10)
+    # both classes hold the same images, and the sum is over both: the same images, other noise
+    assert totals[0] != totals[1]
+    assert totals[0] == pytest.approx(totals[1], rel=0.1)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (dict(size=(10, 8)), "row 0 of the images is 10x8, and the network's are 8x8: .*--fit"),
+        (dict(channels=3), "the images are RGB and the network's are grey: .*--fit"),
+    ],
+)
+def test_images_of_another_kind_are_refused_unless_they_are_to_be_fitted(
+    model, tmp_path, images, message
+):
+    data = save_images(tmp_path / "other" / "test", **images).parent
+    with pytest.raises(InputError, match=message):
+        evaluate(model, str(data), timesteps=5)
+    with pytest.raises(InputError, match=message):
+        calibrate(model, str(data), split="test")
+    assert evaluate(model, str(data), timesteps=5, fit=True).num_images == 7
+
+
+def test_deep_images_have_no_bits_per_dim(model, tmp_path):
+    folder = tmp_path / "deep" / "test"
+    folder.mkdir(parents=True)
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(folder / "0.png")
+    with pytest.raises(InputError, match="more than 8 bits; the bound is that of 256 grey levels"):
+        evaluate(model, str(folder.parent), timesteps=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(timesteps=1), "timesteps must be between 2 and the 50 trained ones; got 1"),
+        (dict(num_images=0), "num_images must be at least 1; got 0"),
+        (dict(batch_size=0), "batch_size must be at least 1; got 0"),
+        (dict(split="tset"), "cannot load the image set"),
+        (dict(image_colum="x"), "image_colum is no setting of the images"),
+    ],
+)
+def test_bad_arguments(model, grey, options, message):
+    with pytest.raises(InputError, match=message):
+        evaluate(model, str(grey.parent), **options)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["evaluate", "x", "--dataset_name", "y"], "name what to measure: --nll"),
+        (["evaluate", "x", "--nll"], "arguments are required: --dataset_name"),
+        (["evaluate", "./nowhere", "--nll", "--dataset_name", "y"], "cannot load a pipeline"),
+        (["calibrate", "x"], "arguments are required: --dataset_name"),
+    ],
+)
+def test_bad_command_lines(argv, message, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_calibration_needs_two_visits_of_each_timestep(model, grey):
+    with pytest.raises(InputError, match="every timestep needs two images or more"):
+        calibrate(model, str(grey.parent), split="test", timesteps=10)
+
+
+# Several processes
+
+
+@pytest.mark.slow
+def test_two_processes_measure_and_calibrate_the_same(model, grey, tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import json, sys\nfrom ddpm_hf.cli import main\n"
+        "sys.exit(any(main(argv) for argv in json.loads(sys.argv[1])))\n"
+    )
+    common = ["--dataset_name", str(grey.parent), "--split", "test", "--batch_size", "2"]
+    made = {}
+    for count in (1, 2):
+        folder = ["--output", str(tmp_path / f"out-{count}")]
+        jobs = [
+            ["evaluate", model, *common, *folder, "--nll"],
+            ["calibrate", model, *common, *folder, "--timesteps", "40"],
+        ]
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(count),
+                  "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # fmt: skip
+        command = [sys.executable, *(launch if count > 1 else []), str(script), json.dumps(jobs)]
+        env = os.environ | {"ACCELERATE_USE_CPU": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert result.stdout.count("Bits/dim: ") == 1  # one process speaks
+        stored = DDPMPipeline.from_pretrained(tmp_path / f"out-{count}").scheduler.analytic
+        rows = read_results(tmp_path / f"out-{count}")
+        made[count] = ({row.metric: row.value for row in rows}, stored)
+    # The same images in the same batches; two processes have half the threads each, with which
+    # float32 convolutions round differently: 2e-8 of the bits/dim.
+    assert made[1][0] == pytest.approx(made[2][0], rel=1e-6)
+    for name in ("mean_square_eps", "x_0_variance"):
+        assert made[1][1][name] == pytest.approx(made[2][1][name], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_reaches_both(model, grey, tmp_path):
+    """Broken weights: neither waits for the other."""
+    pipe = DDPMPipeline.from_pretrained(model)
+    with torch.no_grad():
+        pipe.unet.conv_out.bias += torch.nan
+    pipe.save_pretrained(model)
+    script = tmp_path / "job.py"
+    script.write_text("import sys\nfrom ddpm_hf.cli import main\nsys.exit(main(sys.argv[1:]))\n")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2",
+              "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # fmt: skip
+    words = ["evaluate", model, "--dataset_name", str(grey.parent), "--nll", "--timesteps", "4"]
+    result = subprocess.run(
+        [sys.executable, *launch, str(script), *words, "--batch_size", "7"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "1"},
+        timeout=300,
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("ddpm-hf: error: the network's output is not finite") == 2
+
+
+def test_sample_takes_eta_and_the_calibrated_variance(model, grey, tmp_path):
+    calibrate(model, str(grey.parent), split="test", timesteps=T)
+    made = {}
+    for name, words in {
+        "own": [], "yes": ["--analytic", "yes"], "no": ["--analytic", "no"], "ddim": ["--eta", "0"]
+    }.items():  # fmt: skip
+        output = tmp_path / f"{name}.npy"
+        common = ["sample", model, "--num_images", "3", "--num_inference_steps", "5"]
+        assert main([*common, "--output", str(output), *words]) == 0
+        made[name] = np.load(output)
+    assert np.array_equal(made["own"], made["yes"])
+    for a, b in (("own", "no"), ("own", "ddim"), ("no", "ddim")):
+        assert not np.array_equal(made[a], made[b])

@@ -1,0 +1,164 @@
+"""From images back to their noise, and samples of what is behind a noisy image; in the world where
+the best answer is known.
+"""
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from PIL import Image
+
+from ddpm_hf import DDPMPipeline, build_scheduler
+from ddpm_hf.calibration import store
+from ddpm_hf.errors import InputError
+from ddpm_hf.inversion import estimate_timestep, noise_of_timestep, timestep_of_noise
+
+from .conftest import images, noise
+from .test_calibration import world_statistics
+from .test_scheduler import WORLD
+
+
+def world_images(*shape):
+    """Pixels of the world, clipped to [-1, 1]: 8 % of them lie beyond."""
+    return (WORLD.m + WORLD.c**0.5 * noise(*shape)).clamp(-1, 1)
+
+
+@pytest.fixture
+def pipe(tiny_unet):
+    """A pipeline whose network is exact for pixels ~ N(m, c)."""
+    scheduler = build_scheduler("cifar10")
+    scheduler.register_to_config(clip_sample=False, variance_type="fixed_small")
+    pipe = DDPMPipeline(tiny_unet, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+
+    def forward(x_t, t, class_labels=None):
+        a = scheduler.alpha_bar_at(t).float().reshape(-1, *[1] * (t.ndim * 3))
+        centred = x_t - a.sqrt() * WORLD.m
+        return UNet2DOutput(sample=(1 - a).sqrt() * centred / (a * WORLD.c + 1 - a))
+
+    pipe.unet.forward = forward
+    return pipe
+
+
+# Noise of an image
+
+
+def test_decoding_inverts_encoding(pipe):
+    x_0 = world_images(4, 1, 8, 8)
+    errors = {}
+    for iterations in (1, 3, 20):
+        latents = pipe.encode(x_0, 25, iterations=iterations)
+        errors[iterations] = float((pipe.decode(latents, 25) - x_0).abs().max())
+    # An iteration takes off a part that depends on the step; 20 leave float32's rounding.
+    assert errors[20] < 1e-4 < errors[3] < errors[1] / 3
+    assert latents.std() == pytest.approx(1, abs=0.15)  # 256 numbers, and pixels are clipped
+
+
+def test_encoding_inverts_decoding(pipe):
+    latents = noise(2, 1, 8, 8)
+    again = pipe.encode(pipe.decode(latents, 30).clamp(-1, 1), 30, iterations=20)
+    kept = pipe.decode(latents, 30).abs() < 1
+    assert kept.float().mean() > 0.8
+    # float32 through 30 steps and their iterations
+    torch.testing.assert_close(again[kept], latents[kept], rtol=0, atol=1e-3)
+
+
+def test_latents_of_encode_start_a_pipeline(pipe):
+    """DDIM of the pipeline, on the same timesteps, is `decode`."""
+    pipe.scheduler.register_to_config(timestep_spacing="linspace")
+    latents = noise(2, 1, 8, 8)
+    sampled = pipe(2, num_inference_steps=20, latents=latents, eta=0.0, output_type="pt").images
+    decoded = (pipe.decode(latents, 20) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(sampled, decoded, rtol=0, atol=1e-5)  # float32
+
+
+def test_pil_images_bytes_and_floats_are_the_same_image(pipe):
+    pixels = ((images(1, 1, 8, 8) + 1) * 127.5).round().to(torch.uint8)
+    pil = Image.fromarray(pixels[0, 0].numpy())
+    expected = pipe.encode(pixels.float() / 127.5 - 1, 4)
+    for same in (pil, [pil], pixels):
+        assert torch.equal(pipe.encode(same, 4), expected)
+
+
+# Noisy images
+
+
+@pytest.mark.parametrize("level", [4, 20, 60, 150])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_the_noise_of_an_image_is_estimated(pipe, level, calibrated):
+    if calibrated:
+        store(pipe.scheduler, world_statistics(pipe.scheduler))
+    y = WORLD.m + WORLD.c**0.5 * images(1, 1, 64, 64) * 3**0.5 + level / 127.5 * noise(1, 1, 64, 64)
+    t = estimate_timestep(lambda x_t, t: pipe.unet(x_t, t).sample, pipe.scheduler, y)
+    estimated = noise_of_timestep(pipe.scheduler, t)
+    if calibrated:
+        # Of 4,096 pixels the variance c + sigma^2 is known to 2 %: of sigma more, the less it is.
+        tolerance = 0.02 * (WORLD.c * 127.5**2 + level**2) / level
+        assert abs(estimated - level) < max(tolerance, 1)
+    else:
+        assert estimated < level  # where E|eps_hat|^2 is below 1, as here at every t
+
+
+@pytest.mark.parametrize("level", [30.0, 100.0])
+def test_samples_behind_a_noisy_image_have_the_posteriors_moments(pipe, level):
+    """N(m, c) and noise: the posterior of a pixel has a known mean and variance."""
+    store(pipe.scheduler, world_statistics(pipe.scheduler))
+    y, sigma_2 = torch.full((1, 1, 8, 8), 0.6), (level / 127.5) ** 2
+    made = pipe.denoise_image(
+        y, level, num_images=200, generator=torch.Generator().manual_seed(0), output_type="pt"
+    )
+    assert made.noise_level == pytest.approx(level, rel=0.02)
+    samples = made.images * 2 - 1
+    mean = (0.6 * WORLD.c + WORLD.m * sigma_2) / (WORLD.c + sigma_2)
+    variance = WORLD.c * sigma_2 / (WORLD.c + sigma_2)
+    # 12,800 pixels. Those beyond 1 are clipped: up to 13 % for much noise.
+    assert samples.mean().item() == pytest.approx(mean, abs=0.03)
+    expected = torch.distributions.Normal(mean, variance**0.5).sample((100_000,)).clamp(-1, 1).var()
+    assert samples.var().item() == pytest.approx(expected.item(), rel=0.1)
+
+
+def test_denoise_image_takes_and_gives_pictures(pipe):
+    picture = Image.fromarray(np.full((8, 8), 200, np.uint8))
+    made = pipe.denoise_image(picture, num_images=2)
+    assert [(image.mode, image.size) for image in made.images] == [("L", (8, 8))] * 2
+    assert made.noise_level > 0
+
+
+def test_fixed_large_is_not_sampled_in_few_steps(pipe):
+    """Its variance is for all T steps; of a few, one pixel's would double."""
+    y, ends = torch.full((1, 1, 8, 8), 0.6), []
+    for variance_type in ("fixed_small", "fixed_large"):
+        pipe.scheduler.register_to_config(variance_type=variance_type)
+        generator = torch.Generator().manual_seed(0)
+        ends.append(pipe.denoise_image(y, 50.0, generator=generator, output_type="pt").images)
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-5)  # two float32 forms
+
+
+@pytest.mark.parametrize("t", [0, 5, 500, 999])
+def test_noise_levels_and_timesteps_are_inverse(t):
+    scheduler = build_scheduler("cifar10")
+    assert timestep_of_noise(scheduler, noise_of_timestep(scheduler, t)) == t
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p.encode(torch.zeros(1, 3, 8, 8)), r"must be \(1, 8, 8\) .*; got \(3, 8, 8\)"),
+        (lambda p: p.encode(torch.full((1, 1, 8, 8), 1.5)), r"float in \[-1, 1\]; got floats from"),
+        (lambda p: p.encode(torch.full((1, 1, 8, 8), torch.nan)), "images must be finite; got NaN"),
+        (lambda p: p.encode(images(1, 1, 8, 8), 1), "steps must be between 2 and 1000; got 1"),
+        (lambda p: p.encode(images(1, 1, 8, 8), iterations=0), "iterations must be at least 1"),
+        (lambda p: p.decode(noise(1, 1, 8, 9)), r"latents must have the shape \(1, 1, 8, 8\); got"),
+        (lambda p: p(2, latents=noise(1, 1, 8, 8)), r"latents must have the shape \(2, 1, 8, 8\)"),
+        (lambda p: p.denoise_image(images(2, 1, 8, 8)), "one image at a time; got 2"),
+        (lambda p: p.denoise_image(images(1, 1, 8, 8), 0.0), "noise_level must be above 0"),
+        (lambda p: p.denoise_image(images(1, 1, 8, 8), 1e9), "at most 20[0-9]{3} grey levels"),
+        (lambda p: p.denoise_image(torch.full((1, 1, 8, 8), torch.inf)), "images must be finite"),
+    ],
+)  # fmt: skip
+def test_bad_input(pipe, call, message):
+    with pytest.raises(InputError, match=message):
+        call(pipe)
