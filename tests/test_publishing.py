@@ -177,9 +177,12 @@ def test_checkpoints_that_cannot_be_gone_on_from(hub_server, tmp_path):
         from ddpm_hf.errors import InputError
         from ddpm_hf.hub import fetch_checkpoint, push_checkpoint
         run, new, name = sys.argv[1:]
-        if name == "org/kept":
-            push_checkpoint(Path(run), Path(run) / "checkpoint-2", name)
         try:
+            if name == "org/kept":
+                push_checkpoint(Path(run), Path(run) / "checkpoint-2", name)
+            if new.endswith("earlier"):
+                (Path(run) / "checkpoint-2").rename(Path(run) / "checkpoint-1")
+                push_checkpoint(Path(run), Path(run) / "checkpoint-1", name)
             config = TrainingConfig(**SETTINGS | dict(output_dir=new))
             print(fetch_checkpoint(name, config))
         except InputError as error:
@@ -202,6 +205,9 @@ def test_checkpoints_that_cannot_be_gone_on_from(hub_server, tmp_path):
     hub_server.add("org/bare", {k: v for k, v in tree.items() if k != "config.json"})
     assert "org/bare holds no settings of a run" in fetch("org/bare", "fresh")
     assert not (tmp_path / "fresh").exists()
+    later = "org/kept has a later one, checkpoint-2, which stays"
+    assert later in fetch("org/kept", "earlier")
+    assert "checkpoint-2/state.json" in hub_server.repos["model", "org/kept"].tree()
 
 
 @pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -294,7 +294,7 @@ def checkpoint_repo(repo: str) -> str:
 
 
 def push_checkpoint(
-    run_dir: Path, checkpoint: Path, repo: str, *, token: str | None = None
+    run_dir: Path, checkpoint: Path, repo: str, *, afresh: bool = False, token: str | None = None
 ) -> Pushed:
     """Keep one checkpoint of a run, whole, in a private repository, in place of the one before.
 
@@ -305,10 +305,12 @@ def push_checkpoint(
         run_dir: Folder with the run's settings and curves.
         checkpoint: The checkpoint's folder.
         repo: `organisation/name` of the repository.
+        afresh: Also in place of a later checkpoint.
         token: As in `push_to_hub`.
 
     Raises:
-        InputError: as `push_to_hub`, or a repository that is not private.
+        InputError: as `push_to_hub`, a repository that is not private, or that has a later
+            checkpoint: the run began while the Hub could not be reached.
     """
     api = HfApi(token=token)
     files = [path for path in checkpoint.iterdir() if path.suffix in (".safetensors", ".json")]
@@ -328,6 +330,13 @@ def push_checkpoint(
     with explained_hub(repo, "push a checkpoint to", token=token):
         repo = prepare_repo(api, repo, private=True)
         there = api.list_repo_files(repo)
+        latest = newest_step(there)
+        if latest is not None and latest > step_of(checkpoint) and not afresh:
+            raise InputError(
+                f"{repo} has a later one, checkpoint-{latest}, which stays: stop this run and give "
+                "the same command again in an empty folder to go on from it, or start afresh with "
+                "--overwrite_output_dir"
+            )
         commit = api.create_commit(
             repo,
             [
@@ -343,6 +352,11 @@ def push_checkpoint(
         )
         api.super_squash_history(repo, commit_message=checkpoint.name)
     return Pushed(repo, commit.commit_url, commit.oid)
+
+
+def newest_step(names: list[str]) -> int | None:
+    """The step of the newest checkpoint among the files of a repository."""
+    return max((int(found[1]) for name in names if (found := NAME.match(name))), default=None)
 
 
 def is_repo(name: str) -> bool:
@@ -369,15 +383,14 @@ def fetch_checkpoint(repo: str, config: TrainingConfig, *, needed: bool = True) 
     warn_insecure_endpoint()
     run_dir = config.run_dir
     with explained_hub(repo, "resume from"):
-        names = HfApi().list_repo_files(repo)
-        steps = [int(found[1]) for name in names if (found := NAME.match(name))]
-        if not steps and needed:
+        latest = newest_step(HfApi().list_repo_files(repo))
+        if latest is None and needed:
             raise InputError(f"{repo} holds no checkpoint: it needs one made by --push_checkpoints")
-        if not steps:
+        if latest is None:
             return ""
-        wanted = f"checkpoint-{max(steps)}"
+        wanted = f"checkpoint-{latest}"
         here = [path for path in list_checkpoints(run_dir) if damage(path) is None]
-        if here and step_of(here[-1]) >= max(steps):
+        if here and step_of(here[-1]) >= latest:
             return f"{here[-1].name} here is as new as {wanted} of {repo}: going on from it"
         partial = run_dir / ".fetched.partial"
         try:

@@ -268,7 +268,7 @@ def finish(run: Run, step: int) -> TrainingResult:
     run.accelerator.print(
         f"Pipeline:   {run.directory}\nSamples:    {samples}\nLoss curve: {loss_curve}"
     )
-    of_main(run, partial(publish_pipeline, run, step, milestone=True))
+    publish_pipeline(run, step, milestone=True)
     pushed = finish_pushes(run)
     run.close()
     results = read_results(run.directory)

@@ -9,7 +9,7 @@ from pathlib import Path
 from .checkpoint import CONFIG, METRICS
 from .hub import Pushed, checkpoint_repo, files_to_push, push_checkpoint, push_to_hub
 from .origin import KEPT
-from .run import Run
+from .run import Run, starts_afresh
 from .uploads import LAST_WAIT, freeze
 
 
@@ -23,6 +23,12 @@ def publish_pipeline(run: Run, step: int, *, milestone: bool) -> None:
     """
     if run.pushes is None or not run.config.push_to_hub:
         return
+    with run.log.spared(f"the model of step {step} could not be made ready to push"):
+        _push_pipeline(run, step, milestone)
+
+
+def _push_pipeline(run: Run, step: int, milestone: bool) -> None:
+    """Copy what is to be pushed, and let it be pushed. Raises OSError: it could not be copied."""
     folder = run.directory
     frozen = freeze(folder, files_to_push(folder), folder / f".push-{step}.partial")
     grids = sorted(folder.glob("samples/step-*.png"), key=lambda path: path.stat().st_mtime)
@@ -54,7 +60,13 @@ def publish_checkpoint(run: Run, step: int) -> None:
     files += folder.glob(f"{KEPT}/**/*.json")
     files += [folder / file for file in (CONFIG, METRICS) if (folder / file).is_file()]
     frozen = freeze(folder, files, folder / f".push-{name}.partial")
-    push = partial(push_checkpoint, frozen, frozen / name, checkpoint_repo(run.config.hub_repo))
+    push = partial(
+        push_checkpoint,
+        frozen,
+        frozen / name,
+        checkpoint_repo(run.config.hub_repo),
+        afresh=starts_afresh(run.config),
+    )
     run.pushes.submit("checkpoint", name, push, partial(_delete, frozen))
 
 
