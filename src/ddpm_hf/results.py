@@ -7,6 +7,8 @@ import math
 import os
 import platform
 import subprocess
+import typing
+from collections.abc import Container
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -60,6 +62,8 @@ class Result:
         protocol: How, in words.
         seed: Of everything random in it.
         standard_error: Where it is known.
+        step: Optimiser steps that the model had done, where that is known: a card shows no
+            measurement of older weights.
         commit, hardware: What measured it.
 
     Raises:
@@ -75,6 +79,7 @@ class Result:
     protocol: str
     seed: int
     standard_error: float | None = None
+    step: int | None = None
     commit: str = field(default_factory=code_version)
     hardware: str = field(default_factory=hardware)
 
@@ -101,12 +106,12 @@ class TrainingRecord:
         global_batch_size: Images per optimiser step.
         num_images: Images in the training set; None of a stream.
         num_processes: Devices that trained together.
-        seconds: Time spent training, over all starts; an estimate of the time between two logs.
-        watts: Of one device, for the estimate of energy.
+        seconds: Time spent training, over all starts of the run.
+        energy_kwh: An estimate over all starts: time x devices x their power, without cooling,
+            memory and idle hosts.
         parameters: Of the network.
-        data_license: Of the training set, as it says itself.
         loss_by_timestep: Last loss in each share of the timesteps, by what it was measured on.
-        hardware, commit: What trained it last.
+        hardware, version, commit: What trained it last.
     """
 
     step: int
@@ -114,10 +119,10 @@ class TrainingRecord:
     num_images: int | None
     num_processes: int
     seconds: float
-    watts: float
+    energy_kwh: float
     parameters: int
-    data_license: str | None = None
     loss_by_timestep: dict[str, dict[str, float]] = field(default_factory=dict)
+    version: str = __version__
     commit: str = field(default_factory=code_version)
     hardware: str = field(default_factory=hardware)
 
@@ -125,11 +130,6 @@ class TrainingRecord:
     def images_seen(self) -> int:
         """Images that went through the network in training, each visit counted."""
         return self.step * self.global_batch_size
-
-    @property
-    def energy_kwh(self) -> float:
-        """Estimated energy: time x devices x `watts`; without cooling, memory and idle hosts."""
-        return self.seconds * self.num_processes * self.watts / 3.6e6
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -142,14 +142,20 @@ def read_results(folder: Path) -> list[Result]:
     return [_parse(Result, row, folder / RESULTS) for row in rows or []]
 
 
-def add_results(folder: Path, results: list[Result]) -> None:
+def add_results(folder: Path, results: list[Result], *, replacing: Container[str] = ()) -> None:
     """Write rows into a folder's results.json; the same measurement made again is replaced.
+
+    Args:
+        folder: Of the model.
+        results: The new rows.
+        replacing: Metrics of which all rows that stand there go.
 
     Raises:
         InputError: the file holds something else.
     """
     new = {result.identity: result for result in results}
-    kept = [row for row in read_results(folder) if row.identity not in new]
+    found = [row for row in read_results(folder) if row.metric not in replacing]
+    kept = [row for row in found if row.identity not in new]
     rows = [asdict(row) for row in [*kept, *new.values()]]
     write_text(folder / RESULTS, json.dumps(rows, indent=2) + "\n")
 
@@ -183,6 +189,12 @@ def _parse(kind: type, row: Any, path: Path) -> Any:
     """A row of a file as one of the classes above; what a newer version wrote beside is left."""
     if isinstance(row, dict):
         known = {f.name: row[f.name] for f in fields(kind) if f.name in row}
+        types = typing.get_type_hints(kind)
+        for name, value in known.items():
+            hint = dict if typing.get_origin(types[name]) is dict else types[name]
+            whole = isinstance(value, int) and isinstance(1.0, hint)  # JSON has one kind of number
+            if not (isinstance(value, hint) or whole):
+                raise InputError(f"{name} in {path} must be {types[name]}; got {value!r:.80}")
         try:
             return kind(**known)
         except (TypeError, ValueError) as error:
