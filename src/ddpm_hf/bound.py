@@ -134,22 +134,11 @@ def evaluate(
     strata = Strata.split(len(pipe.process.beta), timesteps)
     images = in_turn(processes, partial(_load, config, pipe, num_images, fit))
     sums = _measure(pipe, images, strata, batch_size, seed, "Measuring the bound")
-    curve = rate_distortion(sums, strata)
-    bpd, error = sums.total_bpd, sums.standard_error
-    result = Evaluation(
-        bits_per_dim=bpd,
-        standard_error=error,
-        interval=(bpd - 1.96 * error, bpd + 1.96 * error),
-        rate_bpd=float(curve.rate_bpd[-1]),
-        distortion_bpd=bpd - float(curve.rate_bpd[-1]),
-        distortion_rmse=float(curve.distortion_rmse[-1]),
-        num_images=sums.num_images,
-        curve=curve,
-        output_dir=folder,
-    )
+    result = _evaluation(sums, rate_distortion(sums, strata), folder)
     if folder and processes.is_main_process:
-        about = _about(pipe, config, result, strata, seed, folder)
-        _write(folder, result, about)
+        trained = read_record(Path(pipeline))
+        about = _about(pipe, config, result, strata, seed)
+        _write(folder, result, about, None if trained is None else trained.step)
         _write_strips(folder / "reconstructions.png", pipe, images, seed)
         _renew_card(folder)
     processes.wait_for_everyone()
@@ -210,11 +199,7 @@ def calibrate(
     )
     pipe.scheduler.register_to_config(_ddpm_hf=scheduler.extras)
     if processes.is_main_process:
-        if output is None:
-            path = folder / "scheduler" / "scheduler_config.json"
-            write_text(path, pipe.scheduler.to_json_string())
-        else:
-            pipe.save_pretrained(folder)
+        _save(pipe, folder, in_place=output is None)
         _renew_card(folder)
     processes.wait_for_everyone()
     largest = float(estimate.standard_error.max())
@@ -346,6 +331,31 @@ def _network(
 # What is written
 
 
+def _evaluation(sums: BoundSums, curve: RateDistortion, folder: Path | None) -> Evaluation:
+    """What follows from the sums over all images."""
+    bpd, error, rate = sums.total_bpd, sums.standard_error, float(curve.rate_bpd[-1])
+    return Evaluation(
+        bits_per_dim=bpd,
+        standard_error=error,
+        interval=(bpd - 1.96 * error, bpd + 1.96 * error),
+        rate_bpd=rate,
+        distortion_bpd=bpd - rate,
+        distortion_rmse=float(curve.distortion_rmse[-1]),
+        num_images=sums.num_images,
+        curve=curve,
+        output_dir=folder,
+    )
+
+
+def _save(pipe: DDPMPipeline, folder: Path, *, in_place: bool) -> None:
+    """Write the scheduler's configuration alone, in one piece, or the whole pipeline."""
+    if in_place:
+        path = folder / "scheduler" / "scheduler_config.json"
+        write_text(path, pipe.scheduler.to_json_string())
+    else:
+        pipe.save_pretrained(folder)
+
+
 def _folder(pipeline: str, output: str | Path | None) -> Path | None:
     """Where to write: `output`, or the pipeline's own folder, or nowhere for one of the Hub."""
     if output is not None:
@@ -360,7 +370,6 @@ def _about(
     result: Evaluation,
     strata: Strata,
     seed: int,
-    folder: Path,
 ) -> dict[str, Any]:
     """What belongs to each number: on which images, and how."""
     total, used = len(pipe.process.beta), len(strata.size)
@@ -374,7 +383,6 @@ def _about(
         num_images=result.num_images,
         protocol=f"variational bound, {which}, {pipe.process.config.variance_type}",
         seed=seed,
-        step=record.step if (record := read_record(folder)) else None,
     )
 
 
@@ -384,15 +392,16 @@ def _renew_card(folder: Path) -> None:
         write_card(folder)
 
 
-def _write(folder: Path, result: Evaluation, about: dict[str, Any]) -> None:
-    """results.json, rate_distortion.json and rate_distortion.png."""
+def _write(folder: Path, result: Evaluation, about: dict[str, Any], step: int | None) -> None:
+    """results.json, rate_distortion.json and .png; `step` is how long the model was trained."""
+    error = None if math.isnan(result.standard_error) else result.standard_error
+    of = about | {"step": step}
     rows = [
-        Result("bits_per_dim", result.bits_per_dim, "bits/dim", **about,
-               standard_error=None if math.isnan(result.standard_error) else result.standard_error),
-        Result("rate", result.rate_bpd, "bits/dim", **about),
-        Result("distortion", result.distortion_bpd, "bits/dim", **about),
-        Result("distortion_rmse", result.distortion_rmse, "grey levels of 255", **about),
-    ]  # fmt: skip
+        Result("bits_per_dim", result.bits_per_dim, "bits/dim", **of, standard_error=error),
+        Result("rate", result.rate_bpd, "bits/dim", **of),
+        Result("distortion", result.distortion_bpd, "bits/dim", **of),
+        Result("distortion_rmse", result.distortion_rmse, "grey levels of 255", **of),
+    ]
     add_results(folder, rows)
     columns = {name: column.tolist() for name, column in result.curve._asdict().items()}
     write_text(folder / "rate_distortion.json", json.dumps(about | columns, indent=2) + "\n")

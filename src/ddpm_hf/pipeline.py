@@ -221,8 +221,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         Raises:
             ValueError: unknown output type, or a list of generators of another length than the
                 batch.
-            InputError: classes that do not fit the network or the batch; latents of another shape;
-                eta or analytic that do not fit the scheduler.
+            InputError: classes, latents, eta or analytic that do not fit.
         """
         _check_output_type(output_type)
         steps = self.denoise(
