@@ -13,7 +13,8 @@ from ddpm_hf import DDPMPipeline, build_scheduler
 from ddpm_hf.card import MARK, public_settings
 from ddpm_hf.config import TrainingConfig
 from ddpm_hf.errors import InputError
-from ddpm_hf.hub import check_pipeline, files_to_push, is_repo
+from ddpm_hf.hub import check_pipeline, files_to_push
+from ddpm_hf.remote import is_repo
 
 from .hub_server import run_client
 

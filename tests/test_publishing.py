@@ -175,7 +175,7 @@ def test_checkpoints_that_cannot_be_gone_on_from(hub_server, tmp_path):
         from pathlib import Path
         from ddpm_hf import TrainingConfig
         from ddpm_hf.errors import InputError
-        from ddpm_hf.hub import fetch_checkpoint, push_checkpoint
+        from ddpm_hf.remote import fetch_checkpoint, push_checkpoint
         run, new, name = sys.argv[1:]
         try:
             if name == "org/kept":

@@ -27,6 +27,7 @@ ORDER = [
     "card",
     "uploads",
     "hub",
+    "remote",
     "pixels",
     "sources",
     "data",

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .calibration import estimate_mean_square_eps, estimate_x_0_variance, store
-from .card import write_card
+from .card import dataset_of, write_card
 from .checkpoint import write_text
 from .config import TrainingConfig
 from .data import ImageSet, check_sizes, decode_all, to_network
@@ -377,8 +377,9 @@ def _about(
         f"all {total} timesteps" if used == total else f"{used} of {total} timesteps, stratified"
     )
     name = config.dataset_name
+    named = dataset_of({"dataset_name": name})["name"]
     return dict(
-        dataset=Path(name).name if Path(name).exists() else name,
+        dataset=Path(name).name if Path(name).exists() else named,
         split=config.split,
         num_images=result.num_images,
         protocol=f"variational bound, {which}, {pipe.process.config.variance_type}",

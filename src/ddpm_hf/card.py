@@ -103,16 +103,7 @@ def render_card(
     name, data, base = (repo or folder.resolve().name), dataset_of(settings), base_model(settings)
     model_name = name.split("/")[-1]
     card = ModelCard.from_template(
-        ModelCardData(
-            library_name="diffusers",
-            pipeline_tag=TASK,
-            license=license or settings.get("license") or data["license"],
-            datasets=[data["id"]] if data["id"] else None,
-            base_model=base,
-            tags=TAGS,
-            model_name=model_name,
-            eval_results=[eval_result(row) for row in results] or None,
-        ),
+        metadata(model_name, settings, results, license),
         template_path=str(card_template()),
         mark=MARK,
         escape=escape,
@@ -143,6 +134,23 @@ def render_card(
         has_curve=(folder / "loss_curve.png").is_file(),
     )
     return str(card)
+
+
+def metadata(
+    name: str, settings: dict[str, Any], results: list[Result], license: str | None
+) -> ModelCardData:
+    """The head of a card, which the Hub reads."""
+    data = dataset_of(settings)
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        license=license or settings.get("license") or data["license"],
+        datasets=[data["id"]] if data["id"] else None,
+        base_model=base_model(settings),
+        tags=TAGS,
+        model_name=name,
+        eval_results=[eval_result(row) for row in results] or None,
+    )
 
 
 def read_config(path: Path) -> dict[str, Any] | None:

@@ -5,14 +5,13 @@ command-line words and parsed once, so that a type is checked in one place where
 from (YAML reads `1e-4` as text). Imports neither torch nor diffusers: `--help` is instant.
 """
 
-import json
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from .errors import InputError, check_choice, did_you_mean
-from .origin import KEPT, OF_ORIGIN, settings_of_origin
+from .origin import OF_ORIGIN, find_kept_origin, settings_of_origin
 from .presets import BETA_SCHEDULES, DEFAULT_PROCESS, PRESETS, beta_range, unet_config
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -537,24 +536,6 @@ def read_recipe(name: str) -> dict[str, Any]:
     if "recipe" in settings:
         raise InputError(f"recipe {path} names another recipe; copy what it needs instead")
     return settings
-
-
-def find_kept_origin(name: str, output_dir: str | None, recipe: str) -> tuple[Path | None, str]:
-    """What a run that started from a model keeps of it, so that it goes on when that is gone.
-
-    Returns:
-        The folder in that of the run, None before its first start, and the model's name as it was
-        then: a folder's whole path, or an id.
-    """
-    full = str(Path(name).absolute())
-    run_dir = Path(output_dir or Path("out") / Path(recipe).stem)
-    try:
-        before = json.loads((run_dir / "config.json").read_text()).get("init_from")
-    except (OSError, ValueError, AttributeError):
-        before = None
-    if before in (name, full) and (run_dir / KEPT).is_dir():
-        return run_dir / KEPT, before
-    return None, full if Path(name).is_dir() else name
 
 
 def recipe_of_origin(name: str, source: Path | None, recipe: dict[str, Any]) -> dict[str, Any]:

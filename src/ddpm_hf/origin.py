@@ -80,6 +80,24 @@ def keep_origin(name: str, run_dir: Path) -> None:
         path.write_text(json.dumps(found, indent=2) + "\n")
 
 
+def find_kept_origin(name: str, output_dir: str | None, recipe: str) -> tuple[Path | None, str]:
+    """What a run that started from a model keeps of it, so that it goes on when that is gone.
+
+    Returns:
+        The folder in that of the run, None before its first start, and the model's name as it was
+        then: a folder's whole path, or an id.
+    """
+    full = str(Path(name).absolute())
+    run_dir = Path(output_dir or Path("out") / Path(recipe).stem)
+    try:
+        before = json.loads((run_dir / "config.json").read_text()).get("init_from")
+    except (OSError, ValueError, AttributeError):
+        before = None
+    if before in (name, full) and (run_dir / KEPT).is_dir():
+        return run_dir / KEPT, before
+    return None, full if Path(name).is_dir() else name
+
+
 def settings_of_origin(name: str, source: str | Path | None = None) -> dict[str, Any]:
     """Settings of training that a model has: its recipe, and its network and process for sure.
 

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from .checkpoint import CONFIG, METRICS
-from .hub import Pushed, checkpoint_repo, files_to_push, push_checkpoint, push_to_hub
+from .hub import Pushed, files_to_push, push_to_hub
 from .origin import KEPT
+from .remote import checkpoint_repo, push_checkpoint
 from .run import Run, starts_afresh
 from .uploads import LAST_WAIT, freeze
 

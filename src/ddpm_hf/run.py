@@ -43,7 +43,6 @@ from .devices import (
 from .ema import Average, build_ema, build_power_averages, ema_warning
 from .errors import InputError
 from .functional import mix_seed
-from .hub import is_repo, open_hub
 from .logbook import Logbook
 from .losses import LossSecondMoment, drop_classes, stratified_timesteps, uniform_timesteps
 from .optimization import build_optimizer
@@ -51,6 +50,7 @@ from .origin import KEPT
 from .pipeline import DDPMPipeline
 from .presets import DEFAULT_PROCESS, build_scheduler, build_unet
 from .probe import LAYOUTS, agree, choose_speed, count_flops, peak_flops
+from .remote import is_repo, open_hub
 from .scheduler import DDPMScheduler
 from .stopping import StopSignals, UpdateGuard
 from .streaming import LaneStream, StreamedImages, load_stream
@@ -131,12 +131,9 @@ class Run:
             config.num_epochs * len(images) / plan.global_batch_size
         )
 
-        origin = None
-        if config.init_from and not list_checkpoints(config.run_dir):
-            origin = in_turn(processes, partial(DDPMPipeline.from_pretrained, config.init_from))
         process = {name: getattr(config, name) for name in DEFAULT_PROCESS}
         scheduler = build_scheduler(config.preset, class_names=images.class_names, **process)
-        weights = start_weights(config, origin, scheduler) if origin else None
+        weights = start_weights(config, processes, scheduler)
         network = partial(build_network, config, images)
         settle_speed(config, before, network, plan, total_steps)
         accelerator = start_accelerator(config, plan.accumulation)
@@ -485,13 +482,16 @@ def build_network(config: TrainingConfig, images: ImageSet | StreamedImages) -> 
 
 
 def start_weights(
-    config: TrainingConfig, origin: DDPMPipeline, scheduler: DDPMScheduler
-) -> dict[str, Tensor]:
-    """The weights of the pipeline to start from.
+    config: TrainingConfig, processes: PartialState, scheduler: DDPMScheduler
+) -> dict[str, Tensor] | None:
+    """The weights of the pipeline to start from; None where the seed's or a checkpoint's count.
 
     Raises:
         InputError: the process that the settings name is not the one that they were trained with.
     """
+    if not config.init_from or list_checkpoints(config.run_dir):
+        return None
+    origin = in_turn(processes, partial(DDPMPipeline.from_pretrained, config.init_from))
     theirs, ours = DDPMScheduler.from_config(origin.scheduler.config), scheduler
     words = ("prediction_type", "num_train_timesteps")
     same = all(theirs.config[word] == ours.config[word] for word in words)
