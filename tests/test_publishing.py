@@ -9,7 +9,7 @@ import pytest
 from ddpm_hf import TrainingConfig, train
 from ddpm_hf.checkpoint import load_checkpoint
 
-from .conftest import quick_settings_in
+from .conftest import REPOSITORY, quick_settings_in
 from .hub_server import HubServer, run_client
 
 TOKEN = "hf_PlantedTokenOfThisTest"
@@ -165,6 +165,26 @@ def test_another_machine_goes_on_bit_for_bit(hub_server, tmp_path):
     said = run_client(hub_server, tmp_path / "home", other, expect=2)
     assert "holds a checkpoint of another run: seed is 0 there. Name another" in said
     assert not (tmp_path / "fourth" / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_push_and_go_on_elsewhere(hub_server, tmp_path):
+    """Only one of them talks to the Hub; both go on from what it fetched."""
+    kept = dict(push_to_hub=True, push_checkpoints=True, hub_model_id="org/run")
+
+    def launch(folder, **more):
+        words = command(tmp_path / folder, **kept, **more)[4:]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        script = [*torchrun, str(REPOSITORY / "train_accelerate.py")]
+        return run_client(hub_server, tmp_path / "home", [*script, *words])
+
+    assert "Processes: 2" in launch("here", max_train_steps=2)
+    said = launch("there")
+    assert said.count("Fetched checkpoint-2 from org/run-checkpoints") == 1
+    assert "Going on from checkpoint-2, 2 of 4 steps done" in said
+    assert "checkpoint-4/state.json" in hub_server.repos["model", "org/run-checkpoints"].tree()
+    assert set(hub_server.repos["model", "org/run"].tags) == {"step-2", "step-4"}
 
 
 def test_checkpoints_that_cannot_be_gone_on_from(hub_server, tmp_path):

@@ -210,7 +210,8 @@ def training_record(run: Run, step: int) -> TrainingRecord:
 def loss_results(run: Run, step: int) -> list[Result]:
     """The losses that the run logged last, as rows of results.json."""
     config, rows = run.config, read_metrics(run.directory / METRICS)
-    objective = config.loss + (f", min-SNR gamma {config.snr_gamma:g}" if config.snr_gamma else "")
+    weighted = config.snr_gamma and config.loss != "vlb"
+    objective = config.loss + (f", min-SNR gamma {config.snr_gamma:g}" if weighted else "")
     plain = "L_simple (Ho et al., eq. 14) of the saved weights, evenly spread timesteps"
     count = HELD_OUT_IMAGES
     if run.held_out:
