@@ -71,7 +71,10 @@ def test_every_flag_is_accepted_with_its_meaning(style):
         assert got == (True if value is None else type(got)(value)), name
 
 
-@pytest.mark.parametrize("name", README)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n == "folder" else pytest.mark.slow) for n in README],
+)
 def test_the_commands_of_its_readme_run(name, folder, tmp_path):
     words = README[name].replace("DATA", str(folder)).replace("OUT", str(tmp_path / "ddpm-ema"))
     script = [sys.executable, str(REPOSITORY / "train_accelerate.py"), *words.split()]

@@ -152,7 +152,7 @@ def test_weights_without_the_recipe_are_refused():
         TrainingConfig(init_from="org/x")
 
 
-@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("flat", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_model_of_the_hub(hub_server, tiny_unet, tmp_path, flat):
     """`flat`: all files at the root, like google/ddpm-cifar10-32; else private, by --hub_token."""
     scheduler = diffusers.DDPMScheduler(variance_type="fixed_large")

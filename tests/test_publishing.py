@@ -75,6 +75,7 @@ def test_a_failed_push_neither_stops_training_nor_is_hidden(hub_server, tmp_path
     assert len(hub_server.repos["model", "org/fashion"].history()) == 1  # as it was made
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_down_does_not_keep_a_run_from_training(hub_server, tmp_path, monkeypatch):
     script = f"""
         from ddpm_hf import TrainingConfig, train, uploads
@@ -187,6 +188,7 @@ def test_two_processes_push_and_go_on_elsewhere(hub_server, tmp_path):
     assert set(hub_server.repos["model", "org/run"].tags) == {"step-2", "step-4"}
 
 
+@pytest.mark.slow
 def test_checkpoints_that_cannot_be_gone_on_from(hub_server, tmp_path):
     settings = quick_settings_in(tmp_path / "first") | dict(max_train_steps=2)
     run = train(TrainingConfig(**settings)).output_dir

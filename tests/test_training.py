@@ -54,7 +54,8 @@ def test_a_run_leaves_a_pipeline_pictures_and_curves(quick_settings):
     names = {path.name for path in out.iterdir()}
     assert names == {
         "README.md", "checkpoint-2", "checkpoint-4", "config.json", "logs", "loss_curve.png",
-        "metrics.jsonl", "model_index.json", "samples", "scheduler", "unet",
+        "metrics.jsonl", "model_index.json", "results.json", "samples", "scheduler",
+        "training.json", "unet",
     }  # fmt: skip
     assert any("tfevents" in path.name for path in (out / "logs").rglob("*"))
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -215,8 +215,9 @@ def loss_results(run: Run, step: int) -> list[Result]:
     plain = "L_simple (Ho et al., eq. 14) of the saved weights, evenly spread timesteps"
     count = HELD_OUT_IMAGES
     if run.held_out:
-        sizes = [len(run.held_out)] + [len(run.stream.images)] * (not config.streaming)
-        count = min(count, *sizes)
+        count = min(count, len(run.held_out))
+        if not config.streaming:  # of a stream only these are at hand
+            count = min(count, len(run.stream.images))
     told = {
         "loss": (
             "training_loss",
