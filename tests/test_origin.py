@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline, TrainingConfig, build_scheduler, train
-from ddpm_hf.config import parse_config
+from ddpm_hf.config import parse_config, recipe_of_origin
 from ddpm_hf.errors import InputError
 from ddpm_hf.origin import settings_of_origin
 
@@ -96,6 +96,18 @@ def test_a_pipeline_without_a_recipe_decides_network_and_process(tiny_unet, tmp_
         "prediction_type": "epsilon",
         "variance_type": "fixed_large",
     }
+
+
+def test_paths_of_a_stranger_are_no_places_here(trained):
+    recipe = json.loads((trained / "config.json").read_text())
+    recipe |= dict(dataset_name="./photos", train_data_dir="/home/somebody", output_dir="/etc")
+    (stranger := trained.parent / "stranger").mkdir()
+    shutil.copytree(trained / "scheduler", stranger / "scheduler")
+    shutil.copytree(trained / "unet", stranger / "unet")
+    (stranger / "config.json").write_text(json.dumps(recipe))
+    taken = recipe_of_origin("org/model", stranger, {})
+    assert not {"dataset_name", "train_data_dir", "output_dir"} & set(taken)
+    assert recipe_of_origin(str(stranger), None, {})["train_data_dir"] == "/home/somebody"
 
 
 def test_words_on_disk_and_ours(tiny_unet, tmp_path):

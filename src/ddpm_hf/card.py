@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .checkpoint import CONFIG, write_text
-from .config import EMBEDDED, OF_THIS_MACHINE
+from .config import EMBEDDED, OF_THIS_MACHINE, PATHS, is_path
 from .errors import InputError
 from .results import Result, read_record, read_results
 
@@ -26,9 +26,6 @@ MARK = "<!-- Written by ddpm_hf, anew at every push: delete this line to keep yo
 """A card without it was written, or edited, by a person, and is left alone."""
 
 EMBEDDED_NAME = "Fashion-MNIST, from the ddpm_hf package (MIT licence, Zalando SE)"
-PATHS = ("dataset_name", "train_data_dir", "model_config_name_or_path", "init_from", "recipe")
-"""Settings that may be paths."""
-
 PROCESS_DEFAULTS = {
     "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
@@ -184,14 +181,9 @@ def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """A run's settings without what only concerns its machine; of a path only the last name."""
     kept = {key: value for key, value in settings.items() if key not in OF_THIS_MACHINE}
     for key in PATHS:
-        if isinstance(value := kept.get(key), str) and _is_path(value):
+        if isinstance(value := kept.get(key), str) and is_path(value):
             kept[key] = f"./{Path(value).name}"
     return kept
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name is a place on a disk, not an id on the Hub or a word of ours."""
-    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is None
 
 
 def dataset_of(settings: dict[str, Any]) -> dict[str, str | None]:
@@ -213,13 +205,13 @@ def dataset_of(settings: dict[str, Any]) -> dict[str, str | None]:
 def hub_dataset(settings: dict[str, Any]) -> str | None:
     """The id on the Hub of the training images; None of others."""
     name = settings.get("dataset_name")
-    return None if not name or name == EMBEDDED or _is_path(name) else name
+    return None if not name or name == EMBEDDED or is_path(name) else name
 
 
 def base_model(settings: dict[str, Any]) -> str | None:
     """The id on the Hub of the model that training started from; a local folder is not named."""
     name = settings.get("init_from")
-    return None if not name or _is_path(name) else name
+    return None if not name or is_path(name) else name
 
 
 def size_name(sample_size: Any) -> str:

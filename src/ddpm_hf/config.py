@@ -5,6 +5,7 @@ command-line words and parsed once, so that a type is checked in one place where
 from (YAML reads `1e-4` as text). Imports neither torch nor diffusers: `--help` is instant.
 """
 
+import re
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,6 +26,9 @@ OF_THIS_MACHINE = (
 
 OF_SPEED = ("mixed_precision", "memory_format", "compile")
 """Settings that a probe of this machine decides."""
+
+PATHS = ("dataset_name", "train_data_dir", "model_config_name_or_path", "init_from", "recipe")
+"""Settings that may be paths."""
 
 EMBEDDED = "embedded"
 """`--dataset_name embedded`: the 6,000 images of Fashion-MNIST inside this package."""
@@ -538,10 +542,16 @@ def read_recipe(name: str) -> dict[str, Any]:
     return settings
 
 
+def is_path(name: str) -> bool:
+    """Whether a name is a place on a disk, not an id on the Hub or a word of ours."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is None
+
+
 def recipe_of_origin(name: str, source: Path | None, recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe for going on from a model: `recipe` or the model's own, its network and process.
 
-    What it says of its machine, and settings that this version does not know, are left out.
+    What it says of its machine, and settings that this version does not know, are left out; of a
+    model on the Hub also paths, which are no places here.
 
     Raises:
         InputError: as `settings_of_origin`.
@@ -549,6 +559,10 @@ def recipe_of_origin(name: str, source: Path | None, recipe: dict[str, Any]) -> 
     left_out = {*OF_THIS_MACHINE, *OF_SPEED, "recipe", "init_from", "license"}
     found, own = settings_of_origin(name, source), set(field_names()) - left_out
     kept = {key: value for key, value in found.items() if key in own}
+    if not is_path(name):
+        for key in ("dataset_name", "train_data_dir"):
+            if is_path(str(kept.get(key, ""))):
+                kept.pop(key, None)
     process = {key: kept[key] for key in OF_ORIGIN}
     return (recipe or kept) | process
 

@@ -16,7 +16,7 @@ from huggingface_hub import (
 )
 
 from .access import explained_hub, warn_insecure_endpoint
-from .card import PATHS, located
+from .card import located
 from .checkpoint import (
     CONFIG,
     IDENTITY,
@@ -28,7 +28,7 @@ from .checkpoint import (
     step_of,
     verify,
 )
-from .config import TrainingConfig
+from .config import PATHS, TrainingConfig
 from .errors import InputError
 from .hub import Pushed, prepare_repo
 from .origin import KEPT
