@@ -220,8 +220,8 @@ def save_loss_curve(metrics: Path, path: Path) -> float | None:
     steps, losses = np.array([[row["step"], row["loss"]] for row in rows]).T
     width = max(1, len(losses) // 20)
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).add_subplot()
-    axes.plot(steps, losses, color="lightgrey", label="loss")
-    if len(losses) > width:
+    axes.plot(steps, losses, color="lightgrey" if width > 1 else None, label="loss")
+    if width > 1:
         mean = np.convolve(losses, np.ones(width) / width, mode="valid")
         axes.plot(steps[width - 1 :], mean, label=f"mean of {width} logged values")
     for name in ("train_loss", "held_out_loss"):
