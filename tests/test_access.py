@@ -140,6 +140,9 @@ def test_without_a_connection(hub):
     assert line in str(told(get))
     # The client wraps it in one that says: look into the cache.
     assert line in str(told(lambda: snapshot_download("a/b")))
+    # A push has no use for a cache.
+    pushed = "cannot push to 'a/b': no connection to https://hub.test: check the network, "
+    assert str(told(get, action="push to")) == pushed + "HF_ENDPOINT and proxies"
 
 
 def test_without_cache_or_token(hub):

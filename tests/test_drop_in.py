@@ -26,7 +26,7 @@ FLAGS = {
     "adam_beta2": "0.999", "adam_weight_decay": "1e-6", "adam_epsilon": "1e-08", "use_ema": None,
     "ema_inv_gamma": "1.0", "ema_power": "0.75", "ema_max_decay": "0.9999",
     "hub_token": "hf_x", "hub_model_id": "me/model", "hub_private_repo": None,
-    "logger": "tensorboard", "logging_dir": "/tmp/logs", "local_rank": "-1",
+    "logger": "tensorboard", "logging_dir": "/somewhere/logs", "local_rank": "-1",
     "mixed_precision": "fp16", "prediction_type": "sample", "ddpm_num_steps": "1000",
     "ddpm_num_inference_steps": "1000", "ddpm_beta_schedule": "linear",
     "checkpointing_steps": "500", "checkpoints_total_limit": "3",

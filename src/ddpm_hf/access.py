@@ -51,7 +51,8 @@ def explained_hub(
     except InputError:
         raise
     except Exception as error:
-        problem = _problem(error, repo, repo_type, token)
+        pushes = action.startswith("push")
+        problem = _problem(error, repo, repo_type, token, pushes=pushes)
         if problem is None:
             raise
         folder = "there is no such folder, and " if or_folder and _is_absent(error) else ""
@@ -131,7 +132,9 @@ def _is_absent(error: BaseException) -> bool:
     return answer is None or (not_found and not isinstance(answer, errors.GatedRepoError))
 
 
-def _problem(error: Exception, repo: str, repo_type: str, token: str | bool | None) -> str | None:
+def _problem(
+    error: Exception, repo: str, repo_type: str, token: str | bool | None, *, pushes: bool
+) -> str | None:
     """What is wrong and what to do about it; None for what the Hub has no part in.
 
     An answer of the server says more than what a library made of it, so it is looked for first.
@@ -139,6 +142,8 @@ def _problem(error: Exception, repo: str, repo_type: str, token: str | bool | No
     from huggingface_hub import errors
 
     chain = list(_chain(error))
+    cache = "" if pushes else ", and the cache is not enough for that"
+    cached = "" if pushes else "; what was loaded once loads without it"
 
     def found(*kinds: type[BaseException]) -> BaseException | None:
         return next((e for e in chain if isinstance(e, kinds)), None)
@@ -152,15 +157,12 @@ def _problem(error: Exception, repo: str, repo_type: str, token: str | bool | No
     if found(errors.LocalTokenNotFoundError):
         return f"that needs a token: {LOG_IN}"
     if found(errors.OfflineModeIsEnabled):
-        return (
-            "HF_HUB_OFFLINE is set, and the cache is not enough for that: unset it; what was "
-            "loaded once loads with it"
-        )
+        return f"HF_HUB_OFFLINE is set{cache}: unset it"
     # httpx's: all that is no answer. Its name depends on the version of the client.
     if found(errors.HTTPError, ConnectionError, TimeoutError):
         return (
-            f"no connection to {endpoint()}, and the cache is not enough for that: check the "
-            "network, HF_ENDPOINT and proxies; what was loaded once loads without them"
+            f"no connection to {endpoint()}{cache}: check the network, HF_ENDPOINT and "
+            f"proxies{cached}"
         )
     if found(
         errors.LocalEntryNotFoundError,
