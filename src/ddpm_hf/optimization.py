@@ -9,8 +9,8 @@ from .config import TrainingConfig
 def build_optimizer(unet: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """Adam, AdamW, or Muon on the hidden convolutions and AdamW on the rest (Jordan et al. 2024).
 
-    Adam and AdamW are torch's fused ones where the device has them. Muon's iterations run in bf16 on
-    a GPU and in fp32 on a CPU.
+    Adam and AdamW are torch's fused ones where the device has them. Muon's iterations run in bf16
+    on a GPU and in fp32 on a CPU.
     """
     device = next(unet.parameters()).device.type
     betas = (config.adam_beta1, config.adam_beta2)
