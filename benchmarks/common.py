@@ -1,5 +1,7 @@
 """What the benchmarks share: where a result was measured, its file, and stock's training step."""
 
+import functools
+import importlib.util
 import json
 import os
 import platform
@@ -10,7 +12,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
@@ -63,6 +67,18 @@ def save_report(report: dict, name: str) -> None:
     (HERE / "results" / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
+@functools.cache
+def load_yardstick(path: Path, images: str) -> tuple[ModuleType, np.ndarray]:
+    """yardstick.py, and the features of its reference set: the longer part of a measurement."""
+    spec = importlib.util.spec_from_file_location("yardstick", path)
+    yardstick = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))  # it imports a neighbour for emoji
+    spec.loader.exec_module(yardstick)
+    real, held_out = yardstick.reference(images)
+    yardstick.net, yardstick.held_out = yardstick.load_network(images), held_out
+    return yardstick, yardstick.features(yardstick.net, real)
+
+
 def measure_quality(
     pipe: DiffusionPipeline,
     yardstick: Path,
@@ -70,6 +86,7 @@ def measure_quality(
     *,
     num_inference_steps: int = 20,
     num_images: int | None = None,
+    batch_size: int = 250,
     **options: float | bool,
 ) -> dict[str, float]:
     """FD, its floor and KID of images that a pipeline samples, by the yardstick.
@@ -80,24 +97,26 @@ def measure_quality(
         images: Its reference set, a key of NUM_IMAGES.
         num_inference_steps: Network evaluations an image.
         num_images: NUM_IMAGES by default; FD of other numbers is no FD of these.
+        batch_size: Images at once.
         options: Of `sample_to`.
     """
+    measure, real = load_yardstick(yardstick, images)
     with tempfile.TemporaryDirectory() as folder:
         samples = f"{folder}/samples.npy"
         sample_to(
             samples,
             pipe,
             num_images or NUM_IMAGES[images],
-            batch_size=250,
+            batch_size=batch_size,
             num_inference_steps=num_inference_steps,
             **options,
         )
-        command = [sys.executable, yardstick, "--set", images, "--images", samples]
-        measured = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        generated = measure.features(measure.net, measure.read_images(samples))
+    held_out = measure.features(measure.net, measure.held_out[: len(generated)])
     return {
-        "fd": round(measured["fd"], 3),
-        "fd_floor": round(measured["fd_floor"], 3),
-        "kid_x1000": round(measured["kid_x1000"], 2),
+        "fd": round(measure.frechet(generated, real), 3),
+        "fd_floor": round(measure.frechet(held_out, real), 3),
+        "kid_x1000": round(measure.kid(generated, real), 2),
     }
 
 
