@@ -81,7 +81,7 @@ def draw_strips(path: Path, rows: dict[str, Tensor], titles: list[str]) -> None:
 def forward(path: Path) -> None:
     """Eq. (4): one garment at ever larger t, under two schedules, with the same noise."""
     times = [-1, 50, 100, 200, 300, 450, 600, 750, 999]
-    x_0 = garments(7)[3:4].expand(len(times), -1, -1, -1)
+    x_0 = garments(12)[:1].expand(len(times), -1, -1, -1)
     eps = torch.randn(1, *x_0.shape[1:], generator=seeded(0))
     rows = {
         name: build_scheduler(ddpm_beta_schedule=name).q_sample(
