@@ -53,8 +53,22 @@ SAMPLERS = {
     "analytic-ddim": Sampler(DDPMScheduler, options={"eta": 0.0, "analytic": True}),
     "ddim-stock": Sampler(diffusers.DDIMScheduler, optimal_too=False),
     "dpm++": Sampler(diffusers.DPMSolverMultistepScheduler),
+    "dpm++-karras": Sampler(
+        diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}, optimal_too=False
+    ),
+    "dpm++-sde": Sampler(
+        diffusers.DPMSolverMultistepScheduler,
+        {"algorithm_type": "sde-dpmsolver++"},
+        optimal_too=False,
+    ),
+    "deis": Sampler(diffusers.DEISMultistepScheduler, optimal_too=False),
+    "euler": Sampler(diffusers.EulerDiscreteScheduler, optimal_too=False),
+    "pndm": Sampler(diffusers.PNDMScheduler, optimal_too=False),
     "unipc": Sampler(diffusers.UniPCMultistepScheduler, optimal_too=False),
 }
+
+
+MAIN = ["fixed_small", "fixed_large", "analytic-ddpm", "ddim", "analytic-ddim", "dpm++", "unipc"]
 
 
 def with_sampler(pipe: DDPMPipeline, sampler: Sampler, timesteps: list[int] | None) -> DDPMPipeline:
@@ -82,6 +96,14 @@ def rows(names: list[str], steps: list[int], stored: dict) -> Iterator[tuple[str
                 yield name, count, "optimal", list(stored[str(count)])
 
 
+def identity(args: argparse.Namespace) -> dict[str, str | int]:
+    """What all rows of a file have in common: number of images, weights, calibration."""
+    folder, digests = Path(args.pipeline), {}
+    for name in ("unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"):
+        digests[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16]
+    return {"num_images": args.num_images, "sha256": digests}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--yardstick", type=Path, required=True, help="Path of yardstick.py.")
@@ -89,7 +111,7 @@ def main() -> None:
     parser.add_argument("--images", choices=NUM_IMAGES, default="fashion")
     parser.add_argument("--num_images", type=int, default=2000)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 25, 50, 100])
-    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS))
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=MAIN)
     parser.add_argument("--compile", action="store_true", help="A minute, then faster sampling.")
     parser.add_argument("--output", required=True, help="Name of the file in results/.")
     args = parser.parse_args()
@@ -105,15 +127,13 @@ def main() -> None:
         args.yardstick,
         Path(args.pipeline),
     )
-    weights = next(Path(args.pipeline, "unet").glob("*.safetensors")).read_bytes()
-    same = {"num_images": args.num_images, "weights_sha256": hashlib.sha256(weights).hexdigest()}
-    report |= same
+    report |= identity(args)
     path = HERE / "results" / f"{args.output}.json"
     if path.exists():
         earlier = json.loads(path.read_text())
-        if {name: earlier[name] for name in same} != same:
-            parser.error(f"{path.name} is of another number of images, or of another checkpoint")
-        report["rows"] = earlier["rows"]
+        if any(earlier[name] != value for name, value in identity(args).items()):
+            parser.error(f"{path.name} is of another number of images or another model")
+        report = earlier
     done = {(row["sampler"], row["steps"], row["timesteps"]) for row in report["rows"]}
     for name, count, word, timesteps in rows(args.samplers, args.steps, stored["timesteps"]):
         if (name, count, word) in done:
