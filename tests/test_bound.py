@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import datasets
 import diffusers
 import numpy as np
 import pytest
@@ -102,10 +103,15 @@ def test_a_subset_of_timesteps_agrees_within_its_error(model, grey):
     assert table(every.curve).splitlines()[1].split()[0] == str(T - 1)
 
 
-def test_a_number_of_images_is_spread_over_the_set(model, grey):
-    whole = evaluate(model, str(grey.parent), timesteps=5)
+def test_a_number_of_images_is_spread_over_the_set(model, grey, tmp_path):
     three = evaluate(model, str(grey.parent), timesteps=5, num_images=3)
-    assert (whole.num_images, three.num_images) == (7, 3)
+    spread = tmp_path / "spread" / "test"
+    spread.mkdir(parents=True)
+    for i in (0, 3, 6):
+        (grey / f"{i}.png").rename(spread / f"{i}.png")
+    alone = evaluate(model, str(spread.parent), timesteps=5)
+    assert three.num_images == alone.num_images == 3
+    assert three.bits_per_dim == alone.bits_per_dim
 
 
 def test_rgb_and_rectangular_images(tmp_path):
@@ -180,7 +186,8 @@ def test_another_scheduler_in_the_folder_is_calibrated_too(tiny_unet, grey, tmp_
 # Classes
 
 
-def test_classes_of_the_images_reach_the_network(tmp_path):
+def class_unet(num_class_embeds):
+    """A network whose answer depends on the class."""
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
@@ -191,28 +198,62 @@ def test_classes_of_the_images_reach_the_network(tmp_path):
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
         norm_num_groups=4,
-        num_class_embeds=3,
+        num_class_embeds=num_class_embeds,
     )
+    unet.class_embedding.weight.data *= 3  # far apart
+    return unet.eval()
+
+
+@pytest.fixture
+def classes(tmp_path):
+    """Three images each of two classes."""
     for name in ("cat", "dog"):
         save_images(tmp_path / "data" / "test" / name, 3)
-    totals = []
-    for names in (["cat", "dog"], ["dog", "cat"]):
-        scheduler = build_scheduler(ddpm_num_steps=T, class_names=names)
-        DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "model")
-        if names == ["cat", "dog"]:
-            right = evaluate(str(tmp_path / "model"), str(tmp_path / "data"), timesteps=10)
-            totals.append(right.bits_per_dim)
-            with torch.no_grad():
-                unet.class_embedding.weight[:2] = unet.class_embedding.weight[[1, 0]]
-            DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "model")
-            swapped = evaluate(str(tmp_path / "model"), str(tmp_path / "data"), timesteps=10)
-            totals.append(swapped.bits_per_dim)
-        else:
-            with pytest.raises(InputError, match="the set's classes are .*'cat', 'dog'.*, and the"):
-                evaluate(str(tmp_path / "model"), str(tmp_path / "data"), timesteps=10)
-    # both classes hold the same images, and the sum is over both: the same images, other noise
-    assert totals[0] != totals[1]
-    assert totals[0] == pytest.approx(totals[1], rel=0.1)
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("null_class", [True, False])
+def test_classes_of_the_images_reach_the_network(classes, tmp_path, null_class):
+    """Networks of other trainers have no null class."""
+    scheduler = build_scheduler(ddpm_num_steps=T, class_names=["cat", "dog"])
+    if not null_class:
+        scheduler.register_to_config(_ddpm_hf={**scheduler.extras, "null_class": False})
+    unet = class_unet(2 + null_class)
+    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "model")
+    found = evaluate(str(tmp_path / "model"), str(classes), batch_size=6).bits_per_dim
+
+    files = sorted((classes / "test").rglob("*.png"))
+    pixels = np.stack([np.asarray(Image.open(file)) for file in files])[:, None]
+    x_0 = torch.from_numpy(pixels / np.float32(127.5) - 1)
+
+    def by_hand(labels):
+        def network(x_t, t):
+            return unet(x_t, t, class_labels=torch.tensor(labels))
+
+        bound = bits_per_dim(network, scheduler, x_0, noise_for(0, range(6), (1, 8, 8)))
+        return bound.total_bpd.mean().item()
+
+    assert found == pytest.approx(by_hand([0, 0, 0, 1, 1, 1]), rel=1e-5)  # float32 convolutions
+    for wrong in ([1, 1, 1, 0, 0, 0], [0] * 6):
+        assert found != pytest.approx(by_hand(wrong), rel=1e-3)
+
+
+def test_calibrating_by_class(classes, tmp_path):
+    scheduler = build_scheduler(ddpm_num_steps=T, class_names=["cat", "dog"])
+    DDPMPipeline(class_unet(3), scheduler).save_pretrained(tmp_path / "model")
+    calibrate(str(tmp_path / "model"), str(classes), split="test", timesteps=T)
+    pipe = DDPMPipeline.from_pretrained(tmp_path / "model")
+    assert pipe.scheduler.analytic["num_images"] == 6
+    assert pipe.scheduler.extras["class_names"] == ["cat", "dog"]
+
+
+def test_classes_that_the_network_does_not_have(classes, tmp_path, model, grey):
+    scheduler = build_scheduler(ddpm_num_steps=T, class_names=["dog", "cat"])
+    DDPMPipeline(class_unet(3), scheduler).save_pretrained(tmp_path / "classes")
+    with pytest.raises(InputError, match="the set's classes are .*'cat', 'dog'.*, and the"):
+        evaluate(str(tmp_path / "classes"), str(classes), timesteps=10)
+    with pytest.raises(InputError, match="label_column='kind' has no effect: .* has no classes"):
+        evaluate(model, str(grey.parent), timesteps=10, label_column="kind")
 
 
 # Bad input
@@ -250,6 +291,9 @@ def test_deep_images_have_no_bits_per_dim(model, tmp_path):
         (dict(timesteps=1), "timesteps must be between 2 and the 50 trained ones; got 1"),
         (dict(num_images=0), "num_images must be at least 1; got 0"),
         (dict(batch_size=0), "batch_size must be at least 1; got 0"),
+        (dict(seed=-1), "seed must be at least 0; got -1"),
+        (dict(strip_timesteps=[50]), r"must be timesteps from 0 to 49; got \[50\]"),
+        (dict(strip_timesteps=[]), r"must be timesteps from 0 to 49; got \[\]"),
         (dict(split="tset"), "cannot load the image set"),
         (dict(image_colum="x"), "image_colum is no setting of the images"),
     ],
@@ -274,9 +318,91 @@ def test_bad_command_lines(argv, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_calibration_needs_two_visits_of_each_timestep(model, grey):
-    with pytest.raises(InputError, match="every timestep needs two images or more"):
-        calibrate(model, str(grey.parent), split="test", timesteps=10)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(timesteps=10), "every timestep needs two images or more, and 7 images at 10 time"),
+        (dict(steps=[1]), "steps must be between 2 and the 50 trained timesteps; got 1"),
+        (dict(steps=[10, 51]), "steps must be between 2 and the 50 trained timesteps; got 51"),
+        (dict(timesteps=51), "timesteps must be between 2 and the 50 trained ones; got 51"),
+        (dict(seed=-1), "seed must be at least 0; got -1"),
+    ],
+)
+def test_what_calibration_cannot_do_is_said_before_it_measures(
+    model, grey, options, message, monkeypatch
+):
+    monkeypatch.setattr(UNet2DModel, "forward", lambda *_: pytest.fail("it measured"))
+    with pytest.raises(InputError, match=message):
+        calibrate(model, str(grey.parent), split="test", **options)
+
+
+def test_a_place_that_cannot_be_written_is_said_before_it_is_measured(
+    model, grey, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(UNet2DModel, "forward", lambda *_: pytest.fail("it measured"))
+    (tmp_path / "file").touch()
+    for verb in (evaluate, calibrate):
+        with pytest.raises(InputError, match="cannot write: .*file"):
+            verb(model, str(grey.parent), split="test", output=tmp_path / "file" / "out")
+
+
+def test_a_folder_without_a_pipeline_may_have_a_card(model, grey, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("mine")
+    evaluate(model, str(grey.parent), timesteps=5, output=tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
+
+
+def test_a_model_of_another_schedule_can_be_measured_and_calibrated_again(model, grey, tmp_path):
+    calibrate(model, str(grey.parent), split="test", timesteps=T)
+    file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.3}))
+    pipe = DDPMPipeline.from_pretrained(model)
+    with pytest.raises(InputError, match="calibrate the model again with `ddpm-hf calibrate`"):
+        pipe(1, num_inference_steps=5)
+    evaluate(model, str(grey.parent), timesteps=5)
+    calibrate(model, str(grey.parent), split="test", timesteps=T)
+    DDPMPipeline.from_pretrained(model)(1, num_inference_steps=5)
+
+
+def test_a_variance_that_the_network_does_not_learn(model, grey, tmp_path):
+    file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"variance_type": "learned_range"}))
+    with pytest.raises(InputError, match="needs a network with out_channels=2 for images of 1"):
+        evaluate(model, str(grey.parent), timesteps=5)
+
+
+def test_a_single_file_has_one_split_and_one_image_no_interval(model, grey, tmp_path, capsys):
+    images = datasets.Dataset.from_dict({"image": [str(grey / "0.png")]})
+    images = images.cast_column("image", datasets.Image())
+    images.to_parquet(tmp_path / "some_test.parquet")
+    words = ["--dataset_name", str(tmp_path / "some_test.parquet"), "--timesteps", "5"]
+    assert main(["evaluate", model, "--nll", *words]) == 0
+    assert ", no interval, images: 1" in capsys.readouterr().out
+    row = read_results(tmp_path / "model")[0]
+    assert (row.dataset, row.split) == ("some_test.parquet", "all")
+
+
+def test_strips_at_chosen_timesteps_and_samples_that_share_latents(model, grey, tmp_path):
+    evaluate(
+        model, str(grey.parent), timesteps=5, strip_timesteps=[10, 49], output=tmp_path / "out"
+    )
+    # seven rows of two x_0_hat and the image, each of 56 pixels and a border
+    picture = Image.open(tmp_path / "out" / "reconstructions.png")
+    assert picture.size == (3 * 58 + 2, 7 * 58 + 2)
+    # two rows of three samples at four timesteps, and the image
+    shared = Image.open(tmp_path / "out" / "shared_latents.png")
+    assert shared.size == (13 * 58 + 2, 2 * 58 + 2)
+
+
+def test_results_are_json(model, grey, capsys):
+    words = ["--dataset_name", str(grey.parent), "--timesteps", "20", "--json"]
+    assert main(["evaluate", model, "--nll", *words]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert len(shown["curve"]["rate_bpd"]) == 20
+    assert shown["interval"][0] < shown["bits_per_dim"] < shown["interval"][1]
+    assert main(["calibrate", model, *words, "--split", "test", "--steps", "5"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["timesteps"]["5"]) == 5
 
 
 # Several processes

@@ -13,9 +13,10 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler
 from ddpm_hf.calibration import (
-    MeanSquareEps,
+    Estimate,
     estimate_mean_square_eps,
     estimate_x_0_variance,
+    forget,
     optimal_timesteps,
     step_costs,
     store,
@@ -29,8 +30,8 @@ from .test_scheduler import PROBES, WORLD, GaussianWorld
 STEPS = (5, 10, 25, 50, 100, 200)
 
 
-def exactly(value: torch.Tensor) -> MeanSquareEps:
-    return MeanSquareEps(value, torch.zeros_like(value))
+def exactly(value: torch.Tensor) -> Estimate:
+    return Estimate(value, torch.zeros_like(value))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_other_numbers_of_timesteps_are_spaced_as_configured(golden, calibrated)
 # A world with exact answers
 
 
-def world_statistics(scheduler: DDPMScheduler, of: GaussianWorld = WORLD) -> MeanSquareEps:
+def world_statistics(scheduler: DDPMScheduler, of: GaussianWorld = WORLD) -> Estimate:
     """E|eps_hat|^2 of the exact network, for x_t ~ N(sqrt(a) m, a c + 1 - a)."""
     a = scheduler.alpha_bar[1:]
     return exactly((1 - a) / (a * of.c + 1 - a))
@@ -173,7 +174,7 @@ def test_a_network_that_errs_gets_the_variance_of_its_error():
     """
     scheduler = world()
     implied = scheduler.x_0_variance(world_statistics(scheduler).value)
-    store(scheduler, world_statistics(scheduler), x_0_variance=implied + 0.09)
+    store(scheduler, world_statistics(scheduler), x_0_variance=exactly(implied + 0.09))
     t, s = 600, 300
     coef = scheduler.q_posterior(PROBES, PROBES * 0, t, s).mean[1].item()
     more = scheduler.reverse_log_variance(t, s).exp() - world().reverse_log_variance(t, s).exp()
@@ -299,6 +300,7 @@ def test_the_estimate_is_unbiased_and_its_error_is_as_stated():
     small = GaussianWorld(m=0.0, c=0.03)
     exact, sums = world_statistics(scheduler, small).value, BoundSums.zeros(40)
     x_0 = small.c**0.5 * torch.randn(1500, 1, 6, 6, generator=torch.Generator().manual_seed(5))
+    x_0 = ((x_0 + 1) * 127.5).round() / 127.5 - 1  # a variance of 5e-6 more
 
     def unet(x_t, t):
         a = scheduler.alpha_bar_at(t).float().reshape(-1, 1, 1, 1)
@@ -313,8 +315,11 @@ def test_the_estimate_is_unbiased_and_its_error_is_as_stated():
     assert 0.6 < z.square().mean() < 1.7
     # What an exact network's x_0_hat misses is the variance that it implies; to 5 standard errors
     # of 150 x 36 squares.
-    around = estimate_x_0_variance(sums)
+    around, its_error = estimate_x_0_variance(sums)
     torch.testing.assert_close(around, scheduler.x_0_variance(exact), rtol=5 * 0.019, atol=0)
+    z = (around - scheduler.x_0_variance(exact)) / its_error
+    # Where x_0_hat is nearly x_0 its error is that of the rounding of x_0, too.
+    assert 0.5 < z[2:].square().mean() < 1.8
     # The plain mean, which is noise's mean square for large t, is many times less exact there.
     visits, plain, squares = sums.timesteps[0], sums.timesteps[4], sums.timesteps[6]
     of_mean = ((squares / visits - (plain / visits) ** 2) / visits).sqrt()
@@ -329,11 +334,11 @@ def test_neighbours_make_the_variance_of_x_0_steadier_and_do_not_bend_it():
     sums.timesteps[0], sums.timesteps[2] = 3, 3 * exact
     smooth = torch.cat([torch.arange(0, 10), torch.arange(31, 1000)])  # without the corner at 20
     torch.testing.assert_close(
-        estimate_x_0_variance(sums)[smooth], exact[smooth].clamp(max=1), rtol=1e-9, atol=0
+        estimate_x_0_variance(sums).value[smooth], exact[smooth].clamp(max=1), rtol=1e-9, atol=0
     )  # float64
     error = 0.1 * torch.randn(1000, generator=torch.Generator().manual_seed(0)).double()
     sums.timesteps[2] *= 1 + error
-    ratio = (estimate_x_0_variance(sums) / exact - 1)[200:800]
+    ratio = (estimate_x_0_variance(sums).value / exact - 1)[200:800]
     assert ratio.std() < 0.1 / 21**0.5 * 1.5  # means of 21, whose own mean moves it a little
 
 
@@ -349,7 +354,7 @@ def test_an_estimate_needs_two_visits_of_every_timestep():
 
 def test_what_is_stored_survives_the_disk_stock_and_other_schedulers(tmp_path):
     scheduler = build_scheduler("cifar10", class_names=["cat"])
-    statistics = MeanSquareEps(world_statistics(scheduler).value, torch.full((1000,), 0.00123456))
+    statistics = Estimate(world_statistics(scheduler).value, torch.full((1000,), 0.00123456))
     store(scheduler, statistics, steps=[10], dataset="x", num_images=3)
     expected = dict(scheduler.extras)
     assert expected["format"] == 1
@@ -399,6 +404,8 @@ def test_statistics_that_do_not_fit_are_refused(value, message):
     scheduler = DDPMScheduler()
     with pytest.raises(InputError, match=message):
         store(scheduler, exactly(value.double()))
+    with pytest.raises(InputError, match=message):
+        store(scheduler, exactly(torch.ones(1000)), x_0_variance=exactly(value.double()))
     assert scheduler.extras == {}
 
 
@@ -429,3 +436,57 @@ def test_a_pipeline_samples_by_it(tiny_unet, tmp_path):
                 variance.sqrt() * torch.randn(x.shape, generator=generator) if s >= 0 else 0
             )
         torch.testing.assert_close(ours, (x / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)  # float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(x_0_variance=[0.1] * 10), "are damaged .numbers out of range"),
+        (dict(x_0_variance=[-5.0] * 1000), "are damaged .numbers out of range"),
+        (dict(x_0_variance=[float("nan")] * 1000), "are damaged .numbers out of range"),
+        (dict(mean_square_eps=[float("inf")] * 1000), "are damaged .numbers out of range"),
+        (dict(mean_square_eps=["a"] * 1000), "are damaged .*calibrate the model again"),
+        (dict(clip_pixels=None), "are damaged .*calibrate the model again"),
+        (dict(clip_pixels=0), "are damaged .numbers out of range"),
+        (dict(timesteps={"5": [999, 0]}), "timesteps that are no descending list of so many"),
+        (dict(timesteps={"2": [0, 999]}), "timesteps that are no descending list of so many"),
+        (dict(timesteps={"2": [1000, 0]}), "timesteps that are no descending list of so many"),
+        (dict(timesteps={"2": ["x", 0]}), "are damaged .*calibrate the model again"),
+        (dict(timesteps={"few": [999, 0]}), "are damaged .*calibrate the model again"),
+        (dict(timesteps=[999, 0]), "are damaged .*calibrate the model again"),
+    ],
+)
+def test_damaged_statistics_are_refused_where_they_are_used(change, message):
+    scheduler = world()
+    analytic = {**scheduler.analytic, **change}
+    scheduler.register_to_config(_ddpm_hf={**scheduler.extras, "analytic": analytic})
+    with pytest.raises(InputError, match=message):
+        scheduler.set_timesteps(10)
+    with pytest.raises(InputError, match=message):
+        scheduler.reverse_log_variance(400, 200)
+
+
+def test_statistics_without_a_part_are_damaged():
+    scheduler = world()
+    for name in ("mean_square_eps", "clip_pixels", "timesteps", "alpha_bar_sum"):
+        analytic = {key: value for key, value in scheduler.analytic.items() if key != name}
+        broken = DDPMScheduler.from_config(scheduler.config)
+        broken.register_to_config(_ddpm_hf={"format": 1, "analytic": analytic})
+        with pytest.raises(InputError, match=f"are damaged .KeyError.'{name}'"):
+            broken.set_timesteps(10)
+
+
+def test_the_bound_needs_no_statistics_so_that_wrong_ones_can_be_measured_anew():
+    scheduler = DDPMScheduler.from_config(world().config, beta_schedule="squaredcos_cap_v2")
+    t = torch.arange(1, 1000)
+    assert scheduler.reverse_log_variance(t, t - 1).isfinite().all()
+    forget(scheduler)
+    assert scheduler.analytic is None
+    scheduler.set_timesteps(10)
+
+
+def test_forgetting_keeps_what_else_is_private():
+    stock = diffusers.DDIMScheduler.from_config(world().config)
+    stock.register_to_config(_ddpm_hf={**stock.config["_ddpm_hf"], "class_names": ["cat"]})
+    forget(stock)
+    assert stock.config["_ddpm_hf"] == {"format": 1, "class_names": ["cat"]}

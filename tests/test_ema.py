@@ -10,6 +10,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline, TrainingConfig, build_scheduler
+from ddpm_hf.calibration import Estimate, store
 from ddpm_hf.cli import main
 from ddpm_hf.ema import (
     build_ema,
@@ -406,3 +407,13 @@ def test_folders_that_cannot_be_averaged(trained, tmp_path):
         path.unlink()
     with pytest.raises(InputError, match="have one length, 0.05, and two are needed"):
         reconstruct(trained, 0.07)
+
+
+def test_other_weights_are_not_calibrated(trained, tmp_path):
+    pipe = DDPMPipeline.from_pretrained(trained)
+    noise = torch.linspace(0.5, 0.999, 1000).double()
+    store(pipe.scheduler, Estimate(noise, torch.zeros(1000)))
+    pipe.save_pretrained(trained)
+    post_hoc(trained, 0.07, tmp_path / "out")
+    assert DDPMPipeline.from_pretrained(trained).scheduler.analytic is not None
+    assert DDPMPipeline.from_pretrained(tmp_path / "out").scheduler.analytic is None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddpm_hf import DDPMPipeline, build_scheduler, build_unet
-from ddpm_hf.calibration import MeanSquareEps, store
+from ddpm_hf.calibration import Estimate, store
 
 from .conftest import REPOSITORY
 
@@ -52,7 +52,7 @@ def test_pictures_of_the_course_are_there():
 @pytest.mark.slow
 def test_every_picture_of_the_course_is_drawn(pipeline, tmp_path):
     noise = torch.linspace(0.5, 0.999, 1000).double()  # of 1, as an exact network's rises to
-    store(pipeline.scheduler, MeanSquareEps(noise, torch.zeros(1000)))
+    store(pipeline.scheduler, Estimate(noise, torch.zeros(1000)))
     pipeline.save_pretrained(tmp_path / "model")
     options = ["--output", tmp_path / "images", "--num_images", "2", "--timesteps", "4"]
     done = draw(tmp_path / "model", *options)

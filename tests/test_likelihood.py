@@ -251,6 +251,7 @@ def test_rate_of_larger_shares_is_that_of_their_middle(measured):
         (float("inf"), "images must be finite; got NaN or infinity"),
         (255.0, r"images must be in \[-1, 1\]; got values from .* to 255: bytes become"),
         (-1.01, r"images must be in \[-1, 1\]; got values from -1.01"),
+        (2 / 255, r"on the 256 levels that bytes have in \[-1, 1\] .*; got others, from"),
     ],
 )
 def test_images_that_are_none_are_refused(pixel, message):
@@ -258,6 +259,20 @@ def test_images_that_are_none_are_refused(pixel, message):
     x_0[1, 0, 2, 3] = pixel
     with pytest.raises(InputError, match=message):
         bits_per_dim(gaussian_network(scheduler), scheduler, x_0, noise_for(0, [0, 1], (1, 4, 4)))
+
+
+def test_images_in_0_to_1_are_refused():
+    scheduler, x_0 = DDPMScheduler(), (on_levels(2, 1, 4, 4) + 1) / 2
+    with pytest.raises(InputError, match=r"got others, from 0\.\d+ to .*: are these images in \[0"):
+        bits_per_dim(gaussian_network(scheduler), scheduler, x_0, noise_for(0, [0, 1], (1, 4, 4)))
+
+
+def test_strata_and_what_is_drawn_from_them_go_together():
+    scheduler, x_0 = DDPMScheduler(), on_levels(1, 1, 4, 4)
+    noise, strata = noise_for(0, [0], (1, 4, 4)), Strata.split(1000, 5)
+    for alone in (dict(strata=strata), dict(t=strata.draw(0, np.arange(1)))):
+        with pytest.raises(InputError, match="strata and t go together"):
+            bits_per_dim(gaussian_network(scheduler), scheduler, x_0, noise, **alone)
 
 
 def test_a_broken_network_is_refused():

@@ -10,7 +10,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler
-from ddpm_hf.calibration import MeanSquareEps, store
+from ddpm_hf.calibration import Estimate, store
 from ddpm_hf.errors import InputError
 from ddpm_hf.pipeline import image_grid, save_image_grid
 
@@ -452,7 +452,7 @@ def calibrated(pipe):
     """The pipeline with the statistics of a network that knows nothing of the noise."""
     num_timesteps = len(pipe.scheduler.beta)
     value = torch.linspace(0.5, 0.99, num_timesteps, dtype=torch.float64)
-    store(pipe.scheduler, MeanSquareEps(value, torch.zeros(num_timesteps)))
+    store(pipe.scheduler, Estimate(value, torch.zeros(num_timesteps)))
     return pipe
 
 

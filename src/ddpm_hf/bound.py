@@ -19,13 +19,20 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from .calibration import estimate_mean_square_eps, estimate_x_0_variance, store
+from .calibration import (
+    check_steps,
+    estimate_mean_square_eps,
+    estimate_x_0_variance,
+    forget,
+    store,
+)
 from .card import dataset_of, write_card
 from .checkpoint import write_text
 from .config import TrainingConfig
 from .data import ImageSet, check_sizes, decode_all, to_network
-from .devices import start_processes
+from .devices import on_main, start_processes
 from .errors import InputError
+from .inversion import noise_of_timestep
 from .likelihood import (
     BoundSums,
     RateDistortion,
@@ -45,6 +52,10 @@ STRIP_IMAGES = 8
 STRIP_TIMES = (1.0, 0.9, 0.75, 0.6, 0.45, 0.3, 0.15, 0.05, 0.0)
 """Timesteps, in shares of T, whose x_0_hat the strips show (Fig. 6)."""
 
+SHARED_IMAGES, SHARED_SAMPLES, SHARED_STEPS, SHARED_TIMES = 2, 3, 25, (0.9, 0.75, 0.5, 0.25)
+"""Of the picture after Fig. 7: images, samples of each, steps from pure noise, and the timesteps
+that the samples share, in shares of T."""
+
 TABLE_TIMES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0)
 """Timesteps, in shares of T, of the printed table (Table 4)."""
 
@@ -60,8 +71,8 @@ class Evaluation(NamedTuple):
         distortion_rmse: Of the last x_0_hat, on the scale of 0 to 255.
         num_images: Images measured.
         curve: Rate and distortion along the reverse process.
-        output_dir: Where results.json, rate_distortion.json and .png and reconstructions.png are;
-            None where there was no folder to write to.
+        output_dir: Where results.json, rate_distortion.json and .png, reconstructions.png and
+            shared_latents.png are; None where there was no folder to write to.
     """
 
     bits_per_dim: float
@@ -81,7 +92,8 @@ class Calibrated(NamedTuple):
     Attributes:
         output_dir: The calibrated pipeline.
         num_images: Images measured.
-        standard_error: The largest of E|eps_hat|**2 / D over the timesteps.
+        standard_error: The largest over the timesteps, of E|eps_hat|**2 / D and of
+            E|x_0 - x_0_hat|**2 / D.
         timesteps: The optimal timesteps stored, descending, by their number.
     """
 
@@ -101,6 +113,7 @@ def evaluate(
     batch_size: int = 64,
     seed: int = 0,
     fit: bool = False,
+    strip_timesteps: Sequence[int] | None = None,
     output: str | Path | None = None,
     **columns: str | None,
 ) -> Evaluation:
@@ -117,6 +130,7 @@ def evaluate(
         seed: Of the noise, and of the timesteps.
         fit: Resize, crop and convert the images as training does; without it they have to be of
             the network's size and channels.
+        strip_timesteps: Of the reconstructions; nine over the chain when not given.
         output: Folder to write to; the pipeline's own when not given.
         columns: dataset_config_name, image_column, label_column and cache_dir, as in
             `TrainingConfig`.
@@ -125,23 +139,29 @@ def evaluate(
         InputError: a pipeline or a set that cannot be loaded, images that do not fit the network,
             or a number out of range.
     """
+    _check_numbers(batch_size, seed, num_images)
     config, pipe = _prepare(pipeline, dataset_name, split or "train", columns)
     if split is None:
         held_out = in_turn(PartialState(), partial(find_held_out_split, config))
         config.split = held_out or config.split
-    processes = PartialState()
-    folder = _folder(pipeline, output)
     strata = Strata.split(len(pipe.process.beta), timesteps)
-    images = in_turn(processes, partial(_load, config, pipe, num_images, fit))
+    shown = _strip_timesteps(len(pipe.process.beta), strip_timesteps)
+    folder = on_main(partial(_folder, pipeline, output))
+    images = in_turn(PartialState(), partial(_load, config, pipe, num_images, fit))
     sums = _measure(pipe, images, strata, batch_size, seed, "Measuring the bound")
     result = _evaluation(sums, rate_distortion(sums, strata), folder)
-    if folder and processes.is_main_process:
+
+    def write() -> None:
         trained = read_record(Path(pipeline))
         about = _about(pipe, config, result, strata, seed)
+        about["split"] = _split_name(config, split)
         _write(folder, result, about, None if trained is None else trained.step)
-        _write_strips(folder / "reconstructions.png", pipe, images, seed)
+        _write_reconstructions(folder / "reconstructions.png", pipe, images, shown, seed)
+        _write_shared_latents(folder / "shared_latents.png", pipe, images, seed)
         _renew_card(folder)
-    processes.wait_for_everyone()
+
+    if folder:
+        on_main(write)
     return result
 
 
@@ -151,7 +171,7 @@ def calibrate(
     *,
     split: str | None = None,
     num_images: int = 2000,
-    timesteps: int = 100,
+    timesteps: int | None = None,
     steps: Sequence[int] = (),
     batch_size: int = 64,
     seed: int = 0,
@@ -166,7 +186,7 @@ def calibrate(
 
     Args:
         timesteps: So many timesteps of each image: a timestep is measured on timesteps *
-            num_images / T images, spread over the set.
+            num_images / T images, spread over the set; 100, or all of fewer, when not given.
         steps: The K whose optimal timesteps are stored.
         output: Folder of the calibrated pipeline; a local folder is calibrated in place when not
             given.
@@ -176,34 +196,77 @@ def calibrate(
     Raises:
         InputError: as in `evaluate`; or a pipeline of the Hub without `output`.
     """
+    _check_numbers(batch_size, seed, num_images)
     config, pipe = _prepare(pipeline, dataset_name, split or "train", columns)
-    processes = PartialState()
-    folder = _folder(pipeline, output)
+    forget(pipe.scheduler)
+    scheduler = pipe.process
+    num_timesteps = len(scheduler.beta)
+    check_steps(steps, num_timesteps)
+    strata = Strata.split(num_timesteps, timesteps or min(100, num_timesteps), power=1)
+    folder = on_main(partial(_folder, pipeline, output))
     if folder is None:
         raise InputError(f"{pipeline!r} is not a folder: name one for the result with output")
-    num_timesteps = len(pipe.process.beta)
-    strata = Strata.split(num_timesteps, min(timesteps, num_timesteps), power=1)
-    images = in_turn(processes, partial(_load, config, pipe, num_images, fit))
+    images = in_turn(PartialState(), partial(_load, config, pipe, num_images, fit))
+    _check_visits(len(images), strata)
     sums = _measure(pipe, images, strata, batch_size, seed, "Calibrating")
-    estimate = estimate_mean_square_eps(sums)
-    scheduler = pipe.process
+    estimate, around = estimate_mean_square_eps(sums), estimate_x_0_variance(sums)
     store(
         scheduler,
         estimate,
-        x_0_variance=estimate_x_0_variance(sums),
+        x_0_variance=around,
         steps=steps,
         dataset=Path(dataset_name).name if Path(dataset_name).exists() else dataset_name,
-        split=config.split,
+        split=_split_name(config, split),
         num_images=sums.num_images,
         seed=seed,
     )
     pipe.scheduler.register_to_config(_ddpm_hf=scheduler.extras)
-    if processes.is_main_process:
+
+    def write() -> None:
         _save(pipe, folder, in_place=output is None)
         _renew_card(folder)
-    processes.wait_for_everyone()
-    largest = float(estimate.standard_error.max())
+
+    on_main(write)
+    largest = float(torch.maximum(estimate.standard_error, around.standard_error).max())
     return Calibrated(folder, sums.num_images, largest, scheduler.analytic["timesteps"])
+
+
+# What is asked for, before anything is measured
+
+
+def _check_numbers(batch_size: int, seed: int, num_images: int | None) -> None:
+    """Raise InputError for numbers out of range."""
+    numbers = {"batch_size": (batch_size, 1), "seed": (seed, 0), "num_images": (num_images, 1)}
+    for name, (value, least) in numbers.items():
+        if value is not None and value < least:
+            raise InputError(f"{name} must be at least {least}; got {value}")
+
+
+def _check_visits(num_images: int, strata: Strata) -> None:
+    """Raise InputError where a timestep cannot be visited twice, as its error asks for."""
+    largest = int(strata.size.max())
+    if num_images < 2 * largest:
+        raise InputError(
+            f"every timestep needs two images or more, and {num_images} images at "
+            f"{len(strata.size)} timesteps each leave some with less: use {2 * largest} images or "
+            "more, or more timesteps of each"
+        )
+
+
+def _strip_timesteps(num_timesteps: int, wanted: Sequence[int] | None) -> list[int]:
+    """The timesteps of the reconstructions, as asked for or by STRIP_TIMES, descending."""
+    if wanted is None:
+        return [round(share * (num_timesteps - 1)) for share in STRIP_TIMES]
+    if not wanted or not all(0 <= t < num_timesteps for t in wanted):
+        raise InputError(
+            f"strip_timesteps must be timesteps from 0 to {num_timesteps - 1}; got {list(wanted)}"
+        )
+    return sorted(set(wanted), reverse=True)
+
+
+def _split_name(config: TrainingConfig, asked: str | None) -> str:
+    """The split to name beside a number; a single file has one, which `datasets` calls train."""
+    return "all" if asked is None and Path(config.dataset_name).is_file() else config.split
 
 
 # The pipeline, the images, and the pass over them
@@ -237,6 +300,10 @@ def _prepare(
             f"the bound is of grey or RGB images; this network has {channels} channels"
         )
     config.resolution = f"{height}x{width}"
+    if columns.get("label_column") and not pipe.num_classes:
+        raise InputError(
+            f"label_column={columns['label_column']!r} has no effect: {pipeline!r} has no classes"
+        )
     config.class_conditional = pipe.unet.config.num_class_embeds is not None
     return config, pipe
 
@@ -246,8 +313,6 @@ def _load(
 ) -> ImageSet:
     """The images to measure on. Raises InputError for those that do not fit the network."""
     source = open_dataset(config)
-    if num_images is not None and num_images < 1:
-        raise InputError(f"num_images must be at least 1; got {num_images}")
     if num_images is not None and num_images < len(source):
         source = source.select(np.linspace(0, len(source) - 1, num_images).round().astype(int))
     channels = pipe.image_shape[0]
@@ -266,7 +331,7 @@ def _load(
         raise InputError("the images have more than 8 bits; the bound is that of 256 grey levels")
     names = pipe.scheduler.config.get("_ddpm_hf", {}).get("class_names")
     if images.num_classes is not None:
-        known = pipe.unet.config.num_class_embeds - 1
+        known = pipe.num_classes
         if images.num_classes > known or (names and images.class_names not in (None, list(names))):
             raise InputError(
                 f"the set's classes are {images.class_names or images.num_classes}, and the "
@@ -283,8 +348,6 @@ def _measure(
     Raises:
         InputError: that of any process, on every process, so that none waits for it.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1; got {batch_size}")
     processes, problem = PartialState(), None
     sums = BoundSums.zeros(len(pipe.process.beta))
     firsts = range(0, len(images), batch_size)[processes.process_index :: processes.num_processes]
@@ -389,7 +452,7 @@ def _about(
 
 def _renew_card(folder: Path) -> None:
     """Let the card say what is new, where a pipeline has one."""
-    if (folder / "README.md").is_file():
+    if (folder / "README.md").is_file() and (folder / "model_index.json").is_file():
         write_card(folder)
 
 
@@ -438,15 +501,47 @@ def plot_rate_distortion(curve: RateDistortion, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _write_strips(path: Path, pipe: DDPMPipeline, images: ImageSet, seed: int) -> None:
-    """Fig. 6: a row an image, x_0_hat from x_t with ever less noise, and the image itself."""
-    count = min(STRIP_IMAGES, len(images))
-    positions = np.linspace(0, len(images) - 1, count).round().astype(int)
+def _strip_images(
+    pipe: DDPMPipeline, images: ImageSet, count: int
+) -> tuple[torch.Tensor, np.ndarray, np.ndarray | None]:
+    """At most `count` images over the set, (B, C, H, W), their positions and classes."""
+    positions = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)
     x_0 = to_network(centred(images, positions)).to(pipe.device)
-    last = len(pipe.process.beta) - 1
-    times = [torch.full((count,), round(share * last)) for share in STRIP_TIMES]
-    network = _network(pipe, images.labels(positions))
+    return x_0, positions, images.labels(positions)
+
+
+def _write_reconstructions(
+    path: Path, pipe: DDPMPipeline, images: ImageSet, timesteps: list[int], seed: int
+) -> None:
+    """Fig. 6: a row an image, x_0_hat from x_t with ever less noise, and the image itself."""
+    x_0, positions, labels = _strip_images(pipe, images, STRIP_IMAGES)
+    times = [torch.full((len(x_0),), t) for t in timesteps]
     noise = noise_for(seed, positions, x_0.shape[1:])
-    steps = [term.x_0_hat for term in vlb_terms(network, pipe.process, x_0, times, noise)]
-    strips = torch.stack([*steps, x_0], 1)
-    save_image_grid(strips.flatten(0, 1), path, columns=len(STRIP_TIMES) + 1)
+    terms = vlb_terms(_network(pipe, labels), pipe.process, x_0, times, noise)
+    strips = torch.stack([*(term.x_0_hat for term in terms), x_0], 1)
+    save_image_grid(strips.flatten(0, 1), path, columns=strips.shape[1])
+
+
+def _write_shared_latents(path: Path, pipe: DDPMPipeline, images: ImageSet, seed: int) -> None:
+    """Fig. 7: a row an image; for ever less noise, samples that share x_t, and the image itself."""
+    x_0, positions, labels = _strip_images(pipe, images, SHARED_IMAGES)
+    noise = noise_for(seed, positions, x_0.shape[1:])
+    rows = []
+    for row, image in enumerate(x_0.split(1)):
+        for share in SHARED_TIMES:
+            t = round(share * (len(pipe.process.beta) - 1))
+            level = noise_of_timestep(pipe.process, t)
+            eps = noise(torch.full((len(x_0),), t))[row : row + 1].to(image)
+            samples = pipe.denoise_image(
+                image + level / 127.5 * eps,
+                level,
+                num_images=SHARED_SAMPLES,
+                num_inference_steps=SHARED_STEPS,
+                generator=torch.Generator().manual_seed(seed),
+                class_label=None if labels is None else int(labels[row]),
+                output_type="pt",
+            )
+            rows.append(samples.images * 2 - 1)
+        rows.append(image.cpu())
+    columns = len(SHARED_TIMES) * SHARED_SAMPLES + 1
+    save_image_grid(torch.cat(rows), path, columns=columns)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 from .errors import InputError
@@ -25,25 +26,27 @@ in the paper's experiments.
 """
 
 
-class MeanSquareEps(NamedTuple):
-    """E|eps_hat|**2 / D of every timestep and its standard error, (T,) float64."""
+class Estimate(NamedTuple):
+    """A mean at every timestep and its standard error, (T,) float64."""
 
     value: Tensor
     standard_error: Tensor
 
 
-def estimate_x_0_variance(sums: BoundSums) -> Tensor:
+def estimate_x_0_variance(sums: BoundSums) -> Estimate:
     """E|x_0 - x_0_hat|**2 / D of every timestep, with x_0_hat clipped as in sampling, (T,).
 
     For an exact network it is `DDPMScheduler.x_0_variance` of E|eps_hat|**2 / D. Each is the mean
     over its neighbours too: it is smooth in t, and among T noisy numbers the optimal timesteps
     would be those that came out low by chance.
     """
-    visits, _, x_0_mse = sums.timesteps[:3]
-    return (_near(x_0_mse) / _near(visits)).clamp(max=1)
+    visits, total, square = (_near(sums.timesteps[row]) for row in (0, 2, 9))
+    mean = total / visits
+    error = ((square / visits - mean**2).clamp(min=0) / visits).sqrt()
+    return Estimate(mean.clamp(max=1), error)
 
 
-def estimate_mean_square_eps(sums: BoundSums) -> MeanSquareEps:
+def estimate_mean_square_eps(sums: BoundSums) -> Estimate:
     """Bao et al. 2022, section 3, Gamma: the mean of |eps_hat|**2 / D over images and noise.
 
     Their estimate is the plain mean. |eps|**2 / D of the noise that was added goes along with it
@@ -57,7 +60,7 @@ def estimate_mean_square_eps(sums: BoundSums) -> MeanSquareEps:
     Raises:
         InputError: a timestep was visited less than twice.
     """
-    visits, (eps, noise, eps_eps, noise_noise, eps_noise) = sums.timesteps[0], sums.timesteps[4:]
+    visits, (eps, noise, eps_eps, noise_noise, eps_noise) = sums.timesteps[0], sums.timesteps[4:9]
     if bool((visits < 2).any()):
         raise InputError(
             f"every timestep needs two images or more; timestep {int(visits.argmin())} has "
@@ -69,7 +72,7 @@ def estimate_mean_square_eps(sums: BoundSums) -> MeanSquareEps:
     squares = eps_eps - 2 * slope * eps_noise + slope**2 * noise_noise
     residual = mean - slope * mean_noise
     variance = (squares / visits - residual**2).clamp(min=0) * visits / (visits - 1)
-    return MeanSquareEps(mean - slope * (mean_noise - 1), (variance / visits).sqrt())
+    return Estimate(mean - slope * (mean_noise - 1), (variance / visits).sqrt())
 
 
 def _near(row: Tensor) -> Tensor:
@@ -114,11 +117,7 @@ def optimal_timesteps(costs: Tensor, steps: Sequence[int]) -> dict[int, list[int
         InputError: a number out of range.
     """
     num_timesteps = len(costs)
-    for count in steps:
-        if not 2 <= count <= num_timesteps:
-            raise InputError(
-                f"steps must be between 2 and the {num_timesteps} trained timesteps; got {count}"
-            )
+    check_steps(steps, num_timesteps)
     least = torch.full((num_timesteps,), torch.inf, dtype=torch.float64)
     least[0] = 0
     came_from, found = [], {}
@@ -133,11 +132,27 @@ def optimal_timesteps(costs: Tensor, steps: Sequence[int]) -> dict[int, list[int
     return found
 
 
+def check_steps(steps: Sequence[int], num_timesteps: int) -> None:
+    """Raise InputError for a number of steps that no sub-chain from T - 1 down to 0 has."""
+    for count in steps:
+        if not 2 <= count <= num_timesteps:
+            raise InputError(
+                f"steps must be between 2 and the {num_timesteps} trained timesteps; got {count}"
+            )
+
+
+def forget(scheduler: SchedulerMixin) -> None:
+    """Take the statistics out of any scheduler's configuration: old ones, or of other weights."""
+    extras = dict(scheduler.config.get("_ddpm_hf", {}))
+    if extras.pop("analytic", None) is not None:
+        scheduler.register_to_config(_ddpm_hf=extras)
+
+
 def store(
     scheduler: DDPMScheduler,
-    estimate: MeanSquareEps,
+    estimate: Estimate,
     *,
-    x_0_variance: Tensor | None = None,
+    x_0_variance: Estimate | None = None,
     steps: Sequence[int] = (),
     **about: str | int,
 ) -> None:
@@ -149,7 +164,7 @@ def store(
     Args:
         scheduler: Of the network that was measured.
         estimate: E|eps_hat|**2 / D, and its standard error.
-        x_0_variance: Of x_0 around x_0_hat, (T,); what an exact network would have when not given.
+        x_0_variance: Of x_0 around x_0_hat; what an exact network would have when not given.
         steps: The K whose optimal timesteps are stored; other K are spaced as configured.
         about: On what it was measured, stored beside.
 
@@ -158,23 +173,30 @@ def store(
             of range.
     """
     value, standard_error = estimate
-    if len(value) != len(scheduler.beta) or not bool(value.isfinite().all()):
-        raise InputError(
-            f"the statistics must be {len(scheduler.beta)} finite numbers, one a timestep; got "
-            f"{len(value)}, {int(value.isfinite().sum())} of them finite"
-        )
-    around = scheduler.x_0_variance(value) if x_0_variance is None else x_0_variance
+    for column in (value, value if x_0_variance is None else x_0_variance.value):
+        if len(column) != len(scheduler.beta) or not bool(column.isfinite().all()):
+            raise InputError(
+                f"the statistics must be {len(scheduler.beta)} finite numbers, one a timestep; got "
+                f"{len(column)}, {int(column.isfinite().sum())} of them finite"
+            )
+    around = scheduler.x_0_variance(value) if x_0_variance is None else x_0_variance.value
     chains = optimal_timesteps(step_costs(scheduler, around), steps) if steps else {}
     schedule = scheduler.config.beta_schedule if scheduler.config.trained_betas is None else ""
     analytic = {
         "mean_square_eps": value.tolist(),
-        "standard_error": [float(f"{error:.2e}") for error in standard_error.tolist()],
+        "standard_error": _short(standard_error),
         "alpha_bar_sum": scheduler.alpha_bar.sum().item(),
         "clip_pixels": CLIP_PIXELS.get(schedule, 1.0),
         "timesteps": {str(count): chain for count, chain in chains.items()},
         **about,
     }
     if x_0_variance is not None:
-        analytic["x_0_variance"] = x_0_variance.tolist()
+        analytic["x_0_variance"] = around.tolist()
+        analytic["x_0_variance_error"] = _short(x_0_variance.standard_error)
     extras = {"format": FORMAT, **scheduler.extras, "analytic": analytic}
     scheduler.register_to_config(_ddpm_hf=extras)
+
+
+def _short(errors: Tensor) -> list[float]:
+    """Standard errors, to three digits."""
+    return [float(f"{error:.2e}") for error in errors.tolist()]

@@ -112,6 +112,13 @@ def evaluate_command(argv: list[str]) -> Any:
     add("--nll", action="store_true", help="Negative log-likelihood, by the variational bound.")
     add("--num_images", type=int, help="So many images spread over the split (default: all).")
     add("--timesteps", type=int, help="So many timesteps an image, an estimate (default: all).")
+    add(
+        "--strip_timesteps",
+        type=int,
+        nargs="+",
+        metavar="T",
+        help="Timesteps of the reconstructions (default: nine over the chain).",
+    )
     args = vars(parser.parse_args(argv))
     if not args.pop("nll"):
         parser.error("name what to measure: --nll")
@@ -120,9 +127,10 @@ def evaluate_command(argv: list[str]) -> Any:
     result = evaluate(**args)
     if int(os.environ.get("RANK", 0)) == 0:
         print(table(result.curve))
+        low, high = result.interval
+        within = "no interval" if math.isnan(low) else f"95 % within {low:.4f} to {high:.4f}"
         print(
-            f"Bits/dim: {result.bits_per_dim:.4f}, 95 % within {result.interval[0]:.4f} to "
-            f"{result.interval[1]:.4f}, of {result.num_images} images\n"
+            f"Bits/dim: {result.bits_per_dim:.4f}, {within}, images: {result.num_images}\n"
             f"Rate {result.rate_bpd:.4f} + distortion {result.distortion_bpd:.4f} bits/dim, RMSE "
             f"{result.distortion_rmse:.2f} of 255"
         )
@@ -136,7 +144,7 @@ def calibrate_command(argv: list[str]) -> Any:
     parser = _image_parser("ddpm-hf calibrate", calibrate_command.__doc__)
     add = parser.add_argument
     add("--num_images", type=int, default=2000, help="Images measured (default: %(default)s).")
-    add("--timesteps", type=int, default=100, help="Timesteps of each (default: %(default)s).")
+    add("--timesteps", type=int, help="Timesteps of each (default: 100, or all if fewer).")
     add(
         "--steps",
         type=int,
@@ -152,8 +160,8 @@ def calibrate_command(argv: list[str]) -> Any:
     result = calibrate(**args)
     if int(os.environ.get("RANK", 0)) == 0:
         print(
-            f"Calibrated {result.output_dir} on {result.num_images} images: standard error at most "
-            f"{result.standard_error:.1e}"
+            f"Calibrated {result.output_dir}, images: {result.num_images}, standard error of "
+            f"E|eps_hat|^2 / D and of E|x_0 - x_0_hat|^2 / D: at most {result.standard_error:.1e}"
         )
         for count, chain in result.timesteps.items():
             print(f"Optimal timesteps for {count} steps, in plain diffusers too by these lines:")
@@ -296,6 +304,8 @@ def plain(value: Any) -> Any:
         value = asdict(value) if is_dataclass(value) else value._asdict()
     if isinstance(value, dict):
         return {name: plain(entry) for name, entry in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .calibration import forget
 from .checkpoint import flush, shard_like, whole, write_tensors
 from .config import TrainingConfig
 from .errors import InputError
@@ -387,6 +388,7 @@ def post_hoc(
     made = reconstruct(run, length, step)
     pipe = load_pipeline(str(run))
     pipe.unet.load_state_dict(pipe.unet.state_dict() | made.tensors)
+    forget(pipe.scheduler)
     partial_folder = output.with_name(f".{output.name}.partial")
     pipe.save_pretrained(partial_folder)
     partial_folder.replace(output)

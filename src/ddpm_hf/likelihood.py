@@ -199,11 +199,13 @@ def bits_per_dim(
             stands for its share, and the total is unbiased. All timesteps without them.
 
     Raises:
-        InputError: images that are not finite or not in [-1, 1], or a network whose output is not
-            finite.
+        InputError: images that are not finite, not in [-1, 1] or not on the 256 levels there; a
+            network whose output is not finite; or strata without t.
     """
     _check_images(x_0)
-    if strata is None or t is None:
+    if (strata is None) != (t is None):
+        raise InputError("strata and t go together: pass both, or neither for all timesteps")
+    if strata is None:
         strata = Strata.split(len(scheduler.beta))
         t = strata.first.expand(len(x_0), -1)
     columns = [
@@ -232,6 +234,13 @@ def _check_images(x_0: Tensor) -> None:
             f"images must be in [-1, 1]; got values from {low.item():g} to {high.item():g}: bytes "
             "become such images by x / 127.5 - 1"
         )
+    levels = (x_0.double() + 1) * 127.5
+    if float((levels - levels.round()).abs().max()) > 1e-3:
+        raise InputError(
+            "images must be on the 256 levels that bytes have in [-1, 1] (x / 127.5 - 1), since "
+            f"eq. (13) is the probability of a level; got others, from {low.item():g} to "
+            f"{high.item():g}: are these images in [0, 1]?"
+        )
 
 
 @dataclass
@@ -240,8 +249,8 @@ class BoundSums:
 
     Attributes:
         images: Number, prior_bpd, total_bpd and its square, (4,).
-        timesteps: By timestep, (9, T): visits; vb_bpd; x_0_mse; eps_mse; eps_square, noise_square,
-            their squares and their product.
+        timesteps: By timestep, (10, T): visits; vb_bpd; x_0_mse; eps_mse; eps_square, noise_square,
+            their squares and their product; x_0_mse squared.
     """
 
     images: Tensor
@@ -250,7 +259,7 @@ class BoundSums:
     @classmethod
     def zeros(cls, num_timesteps: int) -> BoundSums:
         """Nothing added yet."""
-        return cls(torch.zeros(4).double(), torch.zeros(9, num_timesteps).double())
+        return cls(torch.zeros(4).double(), torch.zeros(10, num_timesteps).double())
 
     def add(self, bound: Bound) -> None:
         """Add the images of a batch."""
@@ -259,7 +268,8 @@ class BoundSums:
         self.images += columns.sum(1)
         eps, noise = bound.eps_square, bound.noise_square
         rows = [torch.ones_like(eps), bound.vb_bpd, bound.x_0_mse, bound.eps_mse]
-        rows = torch.stack([*rows, eps, noise, eps**2, noise**2, eps * noise])
+        rows = [*rows, eps, noise, eps**2, noise**2, eps * noise, bound.x_0_mse**2]
+        rows = torch.stack(rows)
         self.timesteps.index_add_(1, bound.t.flatten(), rows.flatten(1))
 
     def __add__(self, other: BoundSums) -> BoundSums:

@@ -92,6 +92,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         if config.rescale_betas_zero_snr:
             beta = rescale_zero_terminal_snr(beta)
         self._check_betas(beta)
+        self._checked_analytic = None
         self.beta = beta
         self.alpha = 1 - beta
         self.alpha_bar = torch.cat([beta.new_ones(1), self.alpha.cumprod(0)])
@@ -132,19 +133,47 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         """What `calibration.store` measured, as it is on disk; None where nothing was.
 
         Raises:
-            InputError: it was measured with another noise schedule than this.
+            InputError: it was measured with another noise schedule than this, or is damaged.
         """
         found = self.extras.get("analytic")
-        if found is None:
-            return None
-        same_length = len(found["mean_square_eps"]) == len(self.beta)
-        if not same_length or not math.isclose(found["alpha_bar_sum"], self.alpha_bar.sum()):
-            raise InputError(
-                f"the stored statistics are those of {len(found['mean_square_eps'])} timesteps of "
-                "another noise schedule than this scheduler's: calibrate the model again with "
-                "`ddpm-hf calibrate`, or go back to the schedule that it was trained with"
-            )
+        if found is not None and found is not self._checked_analytic:
+            self._check_analytic(found)
+            self._checked_analytic = found
         return found
+
+    def _check_analytic(self, found: dict) -> None:
+        """Raise InputError for statistics that are not what `calibration.store` writes."""
+        again = "calibrate the model again with `ddpm-hf calibrate`"
+        try:
+            columns = [found["mean_square_eps"], found.get("x_0_variance", [])]
+            eps, around = (torch.tensor(column, dtype=torch.float64) for column in columns)
+            total, levels = float(found["alpha_bar_sum"]), float(found["clip_pixels"])
+            chains = [
+                (int(count), torch.tensor(chain, dtype=torch.int64))
+                for count, chain in found["timesteps"].items()
+            ]
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"the stored statistics of the calibration are damaged ({error!r}): {again}"
+            ) from error
+        num_timesteps = len(self.beta)
+        if len(eps) != num_timesteps or not math.isclose(total, self.alpha_bar.sum()):
+            raise InputError(
+                f"the stored statistics are those of {len(eps)} timesteps of another noise "
+                f"schedule than this scheduler's: {again}, or go back to the schedule that it was "
+                "trained with"
+            )
+        sound = bool(eps.isfinite().all()) and 0 < levels < math.inf
+        if "x_0_variance" in found:
+            sound &= len(around) == num_timesteps and bool(((around >= 0) & (around <= 1)).all())
+        for count, chain in chains:
+            sound &= len(chain) == count > 1 and bool((chain.diff() < 0).all())
+            sound = sound and int(chain[-1]) >= 0 and int(chain[0]) < num_timesteps
+        if not sound:
+            raise InputError(
+                "the stored statistics of the calibration are damaged (numbers out of range, or "
+                f"timesteps that are no descending list of so many): {again}"
+            )
 
     # Forward process q
 
@@ -272,11 +301,11 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         """The network's output as (prediction, variance channels or None); both (B, C, H, W).
 
         Raises:
-            ValueError: the number of channels does not fit `variance_type`.
+            InputError: the number of channels does not fit `variance_type`.
         """
         learned = self.config.variance_type in ("learned", "learned_range")
         if output.shape[1] != channels * (2 if learned else 1):
-            raise ValueError(
+            raise InputError(
                 f"variance_type={self.config.variance_type!r} needs a network with out_channels="
                 f"{channels * (2 if learned else 1)} for images of {channels} channels; got "
                 f"{output.shape[1]}"
@@ -313,10 +342,8 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         if analytic:
             return self.analytic_variance(t, s).log()
         log_variance = self._log_variance_of_type(t, s, model_variance)
-        if analytic is not None or self.analytic is None:
-            return log_variance
         longer = torch.as_tensor(t, device="cpu") - torch.as_tensor(s, device="cpu") > 1
-        if not bool(longer.any()):
+        if analytic is not None or not bool(longer.any()) or self.analytic is None:
             return log_variance
         optimal = self.analytic_variance(t, s).log()
         if log_variance.ndim > 1:
