@@ -190,7 +190,7 @@ def bound(folder: Path, pipe: DDPMPipeline, count: int, timesteps: int) -> None:
     )
     t = (strata.first + (strata.size - 1) / 2)[1:]
     figure, (errors, terms) = new_axes(2, xlabel="t", yscale="log")
-    errors.plot(t, measured.eps_mse.mean(0)[1:], label="of eps: L_simple, eq. (14)")
+    errors.plot(t, measured.eps_mse.mean(0)[1:], label="of eps")
     errors.plot(t, measured.x_0_mse.mean(0)[1:], label="of x_0")
     errors.set(ylabel="mean squared error")
     errors.legend()
