@@ -353,7 +353,8 @@ class DDPMPipeline(diffusers.DDPMPipeline):
 
         Each step is solved by fixed-point iteration; `iterations` = 1 is the plain inversion. On a
         briefly trained Fashion-MNIST model and 50 steps, decoding missed the images by 3.9 of 255
-        grey levels (root mean square), and after the plain inversion by 13.
+        grey levels (root mean square), and after the plain inversion by 13:
+        `benchmarks/inversion.py` measures both.
 
         Args:
             images: PIL images of the network's mode, L or RGB; or a tensor (B, C, H, W) or an array
@@ -424,7 +425,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
                 [-13, 13] where no level is given.
             noise_level: Standard deviation of its Gaussian noise, in grey levels of 255; estimated
                 by the network when not given, within about a tenth for much noise (50) and a third
-                for little (10).
+                for little (10), which `benchmarks/inversion.py` measures.
             num_images: Samples.
             generator: One, or one for each sample.
             num_inference_steps: Steps from pure noise, 1 to T; from less noise there are fewer.
