@@ -2,6 +2,7 @@
 the best answer is known.
 """
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,13 @@ from PIL import Image
 from ddpm_hf import DDPMPipeline, build_scheduler
 from ddpm_hf.calibration import store
 from ddpm_hf.errors import InputError
-from ddpm_hf.inversion import estimate_timestep, noise_of_timestep, timestep_of_noise
+from ddpm_hf.inversion import (
+    estimate_timestep,
+    noise_of_timestep,
+    read_images,
+    read_noisy_image,
+    timestep_of_noise,
+)
 
 from .conftest import images, noise
 from .test_calibration import world_statistics
@@ -140,23 +147,137 @@ def test_noise_levels_and_timesteps_are_inverse(t):
     assert timestep_of_noise(scheduler, noise_of_timestep(scheduler, t)) == t
 
 
-# Bad input
+# Input that is taken, and that is not
+
+
+def levels(dtype, *shape):
+    """Grey levels 0 to 255 in a dtype."""
+    return ((images(*shape) + 1) * 127.5).round().to(dtype)
+
+
+def test_an_array_is_channels_last_as_a_pipeline_gives_it(tiny_unet):
+    tiny_unet.register_to_config(in_channels=3)
+    shape = DDPMPipeline(tiny_unet, build_scheduler()).image_shape
+    tensor = levels(torch.uint8, 2, 3, 8, 8)
+    array = tensor.permute(0, 2, 3, 1).numpy()
+    pictures = [Image.fromarray(one) for one in array]
+    expected = tensor.float() / 127.5 - 1
+    floats = expected.permute(0, 2, 3, 1).numpy()
+    upside_down = floats[:, ::-1][:, ::-1]  # negative strides, which torch refuses
+    for same in (tensor, array, pictures, tuple(pictures), floats, upside_down, expected.double()):
+        assert torch.equal(read_images(same, shape), expected)
+    half = read_images(expected.half(), shape)
+    assert half.dtype == torch.float32
+    assert torch.equal(half, expected.half().float())
+
+
+@pytest.mark.parametrize(
+    ("pixels", "warned"),
+    [
+        (lambda: images(2, 1, 8, 8).abs(), True),  # what `pipe(output_type="pt")` gives
+        (lambda: images(2, 1, 8, 8), False),
+        (lambda: images(2, 1, 8, 8).abs() + 0.5, False),  # of a noisy image, beyond 1
+        (lambda: torch.full((2, 1, 8, 8), 200, dtype=torch.uint8), False),
+    ],
+)
+def test_floats_that_may_be_on_another_scale_are_warned_about(caplog, pixels, warned):
+    """They are not rescaled: images that are bright have no pixel below 0 either."""
+    logger = diffusers.utils.logging.get_logger("ddpm_hf.inversion")
+    logger.addHandler(caplog.handler)
+    try:
+        x = read_images(pixels(), (1, 8, 8), most=2.0)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert ("if theirs is 0" in caplog.text and "pass images * 2 - 1" in caplog.text) == warned
+    if warned:
+        assert torch.equal(x, pixels())
+
+
+@pytest.mark.parametrize(("level", "most"), [(20.0, 1 + 6 * 20 / 127.5), (None, 13.0)])
+def test_a_noisy_image_may_lie_six_deviations_of_its_noise_beyond(level, most):
+    def read(pixel):
+        return read_noisy_image(torch.full((1, 1, 8, 8), pixel), (1, 8, 8), level)
+
+    for sign in (-1, 1):
+        assert read(sign * (most - 1e-3))[0, 0, 0, 0] == pytest.approx(sign * (most - 1e-3))
+        with pytest.raises(InputError, match="got floats from"):
+            read(sign * (most + 1e-3))
+
+
+def pil(mode, size=(8, 8)):
+    return Image.new(mode, size)
+
+
+FLOATS, BYTES = images(1, 1, 8, 8), levels(torch.uint8, 1, 1, 8, 8)
+IMAGES = [
+    # Anything else than images
+    ("a.png", "images must be PIL images, a tensor .* or an array .*; got str"),
+    (None, "or an array .*; got NoneType"),
+    ([], "images must be one or more; got none"),
+    ([FLOATS[0]], "a list of images must be of PIL images; got Tensor in it: stack tensors"),
+    ([pil("L"), "b.png"], "must be of PIL images; got str in it"),
+    # Another shape
+    (FLOATS[:0], r"shape \(B, 1, 8, 8\), as the network's, with B at least 1; got \(0, 1, 8, 8\)"),
+    (FLOATS[0], r"images must have the shape \(B, 1, 8, 8\), .*; got \(1, 8, 8\)"),
+    (FLOATS.expand(1, 3, 8, 8), r"images must have the shape .*; got \(1, 3, 8, 8\)"),
+    (FLOATS.numpy(), r"an array of images must have .* \(B, 8, 8, 1\), .*; got \(1, 1, 8, 8\)"),
+    (np.zeros((8, 8)), r"must have the shape \(B, 8, 8, 1\), .*; got \(8, 8\)"),
+    ([pil("L"), pil("L", (9, 8))], r"the size \(8, 8\), .*; got \(9, 8\): pass image.resize"),
+    # Another number of bits, or channels
+    (BYTES.long(), r"uint8 in .*, or float in .*; got int64: .* images.to\(torch.uint8\)"),
+    (BYTES > 9, r"got bool: if its levels are 0 to 255, pass images.to\(torch.uint8\)"),
+    (np.zeros((1, 8, 8, 1), np.uint16), r"got uint16: .* pass images.astype\('uint8'\)"),
+    (pil("1"), r"must have the mode L, as the network's; got 1: pass image.convert\('L'\)"),
+    (pil("RGB"), r"the mode L, .*; got RGB: pass image.convert\('L'\)"),
+    (pil("I;16"), r"the mode L, .*; got I;16: scale its pixels to \[-1, 1\] and pass"),
+    (pil("F"), r"the mode L, .*; got F: scale its pixels"),
+    # Pixels that are none
+    (FLOATS * torch.nan, "images must be finite; got NaN"),
+    (FLOATS * torch.inf, "images must be finite; got NaN or infinity"),
+    (BYTES.float(), "floats from 6 to 254: images on a scale of 0 to 255 are to be divided"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", ["encode", "denoise_image"])
+@pytest.mark.parametrize(("given", "message"), IMAGES)
+def test_images_that_are_refused(pipe, call, given, message):
+    with pytest.raises(InputError, match=message):
+        getattr(pipe, call)(given)
+
+
+def denoise(**options):
+    return lambda pipe: pipe.denoise_image(FLOATS, **options)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: p.encode(torch.zeros(1, 3, 8, 8)), r"must be \(1, 8, 8\) .*; got \(3, 8, 8\)"),
-        (lambda p: p.encode(torch.full((1, 1, 8, 8), 1.5)), r"float in \[-1, 1\]; got floats from"),
-        (lambda p: p.encode(torch.full((1, 1, 8, 8), torch.nan)), "images must be finite; got NaN"),
-        (lambda p: p.encode(images(1, 1, 8, 8), 1), "steps must be between 2 and 1000; got 1"),
-        (lambda p: p.encode(images(1, 1, 8, 8), iterations=0), "iterations must be at least 1"),
-        (lambda p: p.decode(noise(1, 1, 8, 9)), r"latents must have the shape \(1, 1, 8, 8\); got"),
-        (lambda p: p(2, latents=noise(1, 1, 8, 8)), r"latents must have the shape \(2, 1, 8, 8\)"),
+        (lambda p: p.encode(FLOATS * 1.5), r"uint8, or float in \[-1, 1\]; got floats from -1.4"),
+        (lambda p: p.encode(FLOATS, 1), "steps must be a whole number between 2 and 1000; got 1"),
+        (lambda p: p.encode(FLOATS, "9"), "steps must be a whole number between 2 .*; got '9'"),
+        (lambda p: p.encode(FLOATS, iterations=0), "iterations must be a whole number at least 1"),
+        (lambda p: p.decode(noise(1, 1, 8, 9)), r"shape \(B, 1, 8, 8\), .*; got \(1, 1, 8, 9\)"),
+        (lambda p: p.decode(noise(0, 1, 8, 8)), r"B at least 1; got \(0, 1, 8, 8\)"),
+        (lambda p: p.decode(torch.tensor(1.0)), r"the shape \(B, 1, 8, 8\), .*; got \(\)"),
+        (lambda p: p.decode([0.0]), "latents must be a float tensor, as encode gives; got list"),
+        (lambda p: p.decode(BYTES), "latents must be a float tensor, .*; got torch.uint8"),
+        (lambda p: p.decode(FLOATS * torch.nan), "latents must be finite; got NaN or infinity"),
+        (lambda p: p.decode(FLOATS, 1001), "steps must be .* between 2 and 1000; got 1001"),
+        (lambda p: p(2, latents=noise(1, 1, 8, 8)), r"must have the shape \(2, 1, 8, 8\); got"),
+        (lambda p: p(1, latents=FLOATS * torch.inf), "latents must be finite; got NaN or infinity"),
         (lambda p: p.denoise_image(images(2, 1, 8, 8)), "one image at a time; got 2"),
-        (lambda p: p.denoise_image(images(1, 1, 8, 8), 0.0), "noise_level must be above 0"),
-        (lambda p: p.denoise_image(images(1, 1, 8, 8), 1e9), "at most 20[0-9]{3} grey levels"),
-        (lambda p: p.denoise_image(torch.full((1, 1, 8, 8), torch.inf)), "images must be finite"),
+        (lambda p: p.denoise_image(FLOATS, 0.0), "noise_level must be a number above 0"),
+        (lambda p: p.denoise_image(FLOATS, 1e9), "at most 20[0-9]{3} grey levels"),
+        (lambda p: p.denoise_image(FLOATS, torch.nan), "must be a number above 0 .*; got nan"),
+        (lambda p: p.denoise_image(FLOATS, "a"), "must be a number above 0 .*; got 'a'"),
+        (lambda p: p.denoise_image(FLOATS * 2, 20), r"in \[-1.941, 1.941\] for noise_level=20;"),
+        (lambda p: p.denoise_image(FLOATS * 14), r"in \[-13, 13\] where noise_level is not"),
+        (denoise(num_images=0), "num_images must be a whole number at least 1; got 0"),
+        (denoise(num_images=1.5), "num_images must be a whole number at least 1; got 1.5"),
+        (denoise(num_inference_steps=0), "steps must be a whole number between 1 and 1000; got 0"),
+        (denoise(num_inference_steps=-3), "between 1 and 1000; got -3"),
+        (denoise(num_inference_steps=1001), "between 1 and 1000; got 1001"),
+        (denoise(generator=[torch.Generator()] * 2), "per image: got 2 for num_images=1"),
     ],
 )  # fmt: skip
 def test_bad_input(pipe, call, message):

@@ -254,9 +254,11 @@ def test_a_progress_bar_is_shown(tiny_unet, capsys):
     ("arguments", "message"),
     [
         (dict(output_type="jpeg"), "output_type must be one of pil, np, numpy, pt; got 'jpeg'"),
-        (dict(batch_size=0), "batch_size must be at least 1; got 0"),
-        (dict(num_inference_steps=0), "between 1 and the 1000 trained timesteps; got 0"),
-        (dict(num_inference_steps=1001), "between 1 and the 1000 trained timesteps; got 1001"),
+        (dict(batch_size=0), "batch_size must be a whole number at least 1; got 0"),
+        (dict(batch_size=2.0), "batch_size must be a whole number at least 1; got 2.0"),
+        (dict(num_inference_steps=0), "must be a whole number between 1 and 1000; got 0"),
+        (dict(num_inference_steps=1001), "must be a whole number between 1 and 1000; got 1001"),
+        (dict(num_inference_steps="5"), "must be a whole number between 1 and 1000; got '5'"),
         (dict(batch_size=3, generator=[seeded()] * 2), "one generator per image: got 2"),
     ],
 )

@@ -20,7 +20,15 @@ from torch import Tensor
 from .errors import InputError
 from .functional import like, mix_seed
 from .hub import files_to_push, origin_files, push_to_hub
-from .inversion import estimate_timestep, invert_ddim, noise_of_timestep, timestep_of_noise
+from .inversion import (
+    Images,
+    estimate_timestep,
+    invert_ddim,
+    noise_of_timestep,
+    read_images,
+    read_noisy_image,
+    timestep_of_noise,
+)
 from .loading import prepare, told_in_one_line
 from .scheduler import DDPMScheduler
 from .uploads import freeze
@@ -29,9 +37,6 @@ logger = logging.get_logger(__name__)
 
 ClassLabels = int | str | list[int | str] | Tensor
 """One class for all images, or one each, (B,): numbers or names."""
-
-Images = Image.Image | list[Image.Image] | Tensor
-"""PIL images; or (B, C, H, W), uint8 in [0, 255] or float in [-1, 1]."""
 
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt")
 
@@ -219,9 +224,9 @@ class DDPMPipeline(diffusers.DDPMPipeline):
                 the model is calibrated and a step is left out, and DDIM does not.
 
         Raises:
-            ValueError: unknown output type, or a list of generators of another length than the
-                batch.
-            InputError: classes, latents, eta or analytic that do not fit.
+            ValueError: unknown output type.
+            InputError: batch_size < 1, num_inference_steps out of range, a list of generators of
+                another length; classes, latents, eta or analytic that do not fit.
         """
         _check_output_type(output_type)
         steps = self.denoise(
@@ -269,21 +274,16 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         Arguments: those of `__call__`.
 
         Raises:
-            ValueError: batch_size < 1, num_inference_steps out of range, or a list of generators of
-                another length.
-            InputError: classes that do not fit the network or the batch.
+            InputError: batch_size < 1, num_inference_steps out of range, a list of generators of
+                another length; classes, latents, eta or analytic that do not fit.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"pass one generator per image: got {len(generator)} for batch_size={batch_size}"
-            )
+        _check_whole("batch_size", batch_size)
+        _check_generators(generator, "batch_size", batch_size)
         self._check_variance(eta, analytic)
         device, shape = self._execution_device, (batch_size, *self.image_shape)
         labels = self._class_numbers(class_labels, batch_size, guidance_scale, device)
-        if latents is not None and latents.shape != shape:
-            raise InputError(f"latents must have the shape {shape}; got {tuple(latents.shape)}")
+        if latents is not None:
+            self._check_latents(latents, batch_size)
         ours = isinstance(self.scheduler, DDPMScheduler)
         calibrated = ours and self.scheduler.analytic is not None
         by_type = ours and eta is None and not (calibrated if analytic is None else analytic)
@@ -353,10 +353,13 @@ class DDPMPipeline(diffusers.DDPMPipeline):
 
         Each step is solved by fixed-point iteration; `iterations` = 1 is the plain inversion. On a
         briefly trained Fashion-MNIST model and 50 steps, decoding missed the images by 3.9 of 255
-        grey levels (root mean square), and after the plain inversion by 13.
+        grey levels (root mean square), and after the plain inversion by 13:
+        `benchmarks/inversion.py` measures both.
 
         Args:
-            images: PIL images, uint8 (B, C, H, W), or float (B, C, H, W) in [-1, 1].
+            images: PIL images of the network's mode, L or RGB; or a tensor (B, C, H, W) or an array
+                (B, H, W, C), uint8, or float in [-1, 1]. Floats that all lie in [0, 1], as a
+                pipeline's own with output_type `np` or `pt`, are not rescaled, and warned about.
             num_inference_steps: Timesteps, evenly spaced from T - 1 to 0.
             class_labels: As in `__call__`.
             iterations: Evaluations of the network a step.
@@ -367,9 +370,8 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         Raises:
             InputError: images that do not fit the network or their range, or a bad number.
         """
-        if iterations < 1:
-            raise InputError(f"iterations must be at least 1; got {iterations}")
-        x_0 = self._tensor(images, in_range=True)
+        _check_whole("iterations", iterations)
+        x_0 = read_images(images, self.image_shape).to(self._execution_device)
         timesteps = self._even_timesteps(num_inference_steps)
         labels = self._class_numbers(class_labels, len(x_0), 1.0, x_0.device)
         predict, process = self._predictor(labels), self.process
@@ -389,11 +391,9 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         Arguments: those of `encode`.
 
         Raises:
-            InputError: latents of another shape, or a bad number.
+            InputError: latents of another shape, or not finite, or a bad number.
         """
-        shape = (len(latents), *self.image_shape)
-        if latents.shape != shape:
-            raise InputError(f"latents must have the shape {shape}; got {tuple(latents.shape)}")
+        self._check_latents(latents)
         process, timesteps = self.process, self._even_timesteps(num_inference_steps)
         x = latents.float().to(self._execution_device)
         predict = self._predictor(self._class_numbers(class_labels, len(x), 1.0, x.device))
@@ -420,29 +420,33 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         from there.
 
         Args:
-            image: One PIL image, or (1, C, H, W): uint8, or float, whose clean range is [-1, 1].
+            image: One image as in `encode`. Floats are noise on a clean image in [-1, 1]: they may
+                lie six of its deviations beyond, at noise_level 20 in [-1.94, 1.94], and in
+                [-13, 13] where no level is given.
             noise_level: Standard deviation of its Gaussian noise, in grey levels of 255; estimated
                 by the network when not given, within about a tenth for much noise (50) and a third
-                for little (10).
+                for little (10), which `benchmarks/inversion.py` measures.
             num_images: Samples.
             generator: One, or one for each sample.
-            num_inference_steps: Steps from pure noise; from less noise there are fewer.
+            num_inference_steps: Steps from pure noise, 1 to T; from less noise there are fewer.
             class_label: Of a class-conditional network.
             output_type: As in `__call__`.
 
         Raises:
-            InputError: an image that does not fit the network, or noise beyond what it knows.
+            InputError: an image that does not fit the network or its range, noise beyond what it
+                knows, a bad number, or a list of generators of another length.
         """
         _check_output_type(output_type)
-        y, process = self._tensor(image, in_range=False), self.process
-        if len(y) != 1:
-            raise InputError(f"denoise_image takes one image at a time; got {len(y)}")
+        process = self.process
+        _check_whole("num_images", num_images)
+        _check_whole("num_inference_steps", num_inference_steps, 1, len(process.beta))
+        _check_generators(generator, "num_images", num_images)
+        t = None if noise_level is None else timestep_of_noise(process, noise_level)
+        y = read_noisy_image(image, self.image_shape, noise_level).to(self._execution_device)
         labels = self._class_numbers(class_label, num_images, 1.0, y.device)
-        if noise_level is None:
+        if t is None:
             one = labels if labels is None else labels[:1]
             t = estimate_timestep(self._predictor(one), process, y)
-        else:
-            t = timestep_of_noise(process, noise_level)
         scheduler = DDPMScheduler.from_config(process.config)
         steps = max(1, round(num_inference_steps * (t + 1) / len(process.beta)))
         timesteps = torch.linspace(t, 0, steps).round().long().unique().flip(0)
@@ -472,34 +476,22 @@ class DDPMPipeline(diffusers.DDPMPipeline):
     def _even_timesteps(self, num_inference_steps: int) -> list[int]:
         """Evenly spaced timesteps from T - 1 to 0, descending. Raises InputError."""
         trained = self.scheduler.config.num_train_timesteps
-        if not 2 <= num_inference_steps <= trained:
-            raise InputError(
-                f"num_inference_steps must be between 2 and {trained}; got {num_inference_steps}"
-            )
+        _check_whole("num_inference_steps", num_inference_steps, 2, trained)
         chain = torch.linspace(trained - 1, 0, num_inference_steps, dtype=torch.float64)
         return chain.round().long().tolist()
 
-    def _tensor(self, images: Images, *, in_range: bool) -> Tensor:
-        """Images as float32 (B, C, H, W), clean in [-1, 1], on the device. Raises InputError."""
-        if isinstance(images, Image.Image):
-            images = [images]
-        if not isinstance(images, Tensor):
-            arrays = [np.atleast_3d(np.asarray(image)).transpose(2, 0, 1) for image in images]
-            images = torch.from_numpy(np.stack(arrays))
-        if images.shape[1:] != self.image_shape:
-            raise InputError(
-                f"images must be {self.image_shape} (channels, height, width), as the network's; "
-                f"got {tuple(images.shape[1:])}"
-            )
-        x = images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
-        if not bool(x.isfinite().all()):
-            raise InputError("images must be finite; got NaN or infinity among their pixels")
-        if in_range and x.abs().max() > 1:
-            raise InputError(
-                f"images must be uint8, or float in [-1, 1]; got floats from {x.min().item():g} to "
-                f"{x.max().item():g}"
-            )
-        return x.to(self._execution_device)
+    def _check_latents(self, latents: Tensor, batch_size: int | None = None) -> None:
+        """Raise InputError unless latents are finite noise, of so many images or of any number."""
+        if not isinstance(latents, Tensor) or not latents.is_floating_point():
+            of = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
+            raise InputError(f"latents must be a float tensor, as encode gives; got {of}")
+        shape, number = tuple(latents.shape), batch_size or "B"
+        if shape[1:] != self.image_shape or not shape[0] or batch_size not in (None, shape[0]):
+            wanted = ", ".join(map(str, (number, *self.image_shape)))
+            more = "" if batch_size else ", B at least 1"
+            raise InputError(f"latents must have the shape ({wanted}){more}; got {shape}")
+        if not bool(latents.isfinite().all()):
+            raise InputError("latents must be finite; got NaN or infinity among them")
 
     # The network, and what belongs to a call
 
@@ -599,11 +591,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         """
         config = self.scheduler.config
         trained = config.num_train_timesteps
-        if not 1 <= num_inference_steps <= trained:
-            raise InputError(
-                f"num_inference_steps must be between 1 and the {trained} trained timesteps; got "
-                f"{num_inference_steps}"
-            )
+        _check_whole("num_inference_steps", num_inference_steps, 1, trained)
         if isinstance(self.scheduler, diffusers.PNDMScheduler) and num_inference_steps < 4:
             raise InputError(f"PNDM needs num_inference_steps >= 4; got {num_inference_steps}")
         self.scheduler.set_timesteps(num_inference_steps, device=device)
@@ -637,6 +625,19 @@ def _check_output_type(output_type: str | None) -> None:
         raise ValueError(
             f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}"
         )
+
+
+def _check_whole(name: str, value: object, least: int = 1, most: int | None = None) -> None:
+    """Raise InputError unless a value is a whole number from `least` to `most`."""
+    if not isinstance(value, Integral) or value < least or (most is not None and value > most):
+        rule = f"at least {least}" if most is None else f"between {least} and {most}"
+        raise InputError(f"{name} must be a whole number {rule}; got {value!r}")
+
+
+def _check_generators(generator: object, name: str, number: int) -> None:
+    """Raise InputError for a list of generators that is not one for each image."""
+    if isinstance(generator, list) and len(generator) != number:
+        raise InputError(f"pass one generator per image: got {len(generator)} for {name}={number}")
 
 
 def image_grid(images: list[Image.Image], columns: int | None = None) -> Image.Image:
