@@ -144,6 +144,7 @@ def evaluate(
     if split is None:
         held_out = in_turn(PartialState(), partial(find_held_out_split, config))
         config.split = held_out or config.split
+    _ = pipe.process.analytic  # statistics that cannot be sampled with are said now
     strata = Strata.split(len(pipe.process.beta), timesteps)
     shown = _strip_timesteps(len(pipe.process.beta), strip_timesteps)
     folder = on_main(partial(_folder, pipeline, output))
