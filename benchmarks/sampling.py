@@ -1,6 +1,9 @@
 """Quality by sampler and number of steps, from one checkpoint: FD by the yardstick.
 
-    ddpm-hf calibrate out/fashion --dataset_name fashion_mnist_train.parquet --steps 5 10 25 50 100
+    ddpm-hf train --recipe fashion-quick --dataset_name fashion_mnist_train.parquet --max_train_steps 3000 \
+        --memory_format channels_last --output_dir out/fashion
+    ddpm-hf calibrate out/fashion --dataset_name fashion_mnist_train.parquet --num_images 1000 --timesteps 60 \
+        --steps 5 10 25 50 100
     python benchmarks/sampling.py --yardstick YARDSTICK.py --pipeline out/fashion --output sampling
     python benchmarks/sampling.py --yardstick YARDSTICK.py --pipeline out/fashion --output sampling-1000 \
         --num_images 500 --steps 1000 25 --samplers fixed_small fixed_large analytic-ddpm analytic-ddim
@@ -87,11 +90,13 @@ def with_sampler(pipe: DDPMPipeline, sampler: Sampler, timesteps: list[int] | No
     return DDPMPipeline(pipe.unet, scheduler)
 
 
-def rows(names: list[str], steps: list[int], stored: dict) -> Iterator[tuple[str, int, str, Any]]:
+def rows(args: argparse.Namespace, stored: dict) -> Iterator[tuple[str, int, str, Any]]:
     """(sampler, K, word for its timesteps, the timesteps or None)."""
-    for count in steps:
-        for name in names:
+    for count in args.steps:
+        for name in args.samplers:
             yield name, count, "uniform", None
+            if args.uniform_only:
+                continue
             if str(count) in stored and SAMPLERS[name].optimal_too:
                 yield name, count, "optimal", list(stored[str(count)])
 
@@ -112,6 +117,7 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=2000)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 25, 50, 100])
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=MAIN)
+    parser.add_argument("--uniform_only", action="store_true", help="No optimal timesteps.")
     parser.add_argument("--compile", action="store_true", help="A minute, then faster sampling.")
     parser.add_argument("--output", required=True, help="Name of the file in results/.")
     args = parser.parse_args()
@@ -135,7 +141,7 @@ def main() -> None:
             parser.error(f"{path.name} is of another number of images or another model")
         report = earlier
     done = {(row["sampler"], row["steps"], row["timesteps"]) for row in report["rows"]}
-    for name, count, word, timesteps in rows(args.samplers, args.steps, stored["timesteps"]):
+    for name, count, word, timesteps in rows(args, stored["timesteps"]):
         if (name, count, word) in done:
             continue
         sampler = SAMPLERS[name]
