@@ -36,6 +36,7 @@ ORDER = [
     "likelihood",
     "calibration",
     "inversion",
+    "multistep",
     "pipeline",
     "optimization",
     "sampling",

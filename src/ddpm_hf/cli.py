@@ -76,6 +76,13 @@ def sample_command(argv: list[str]) -> Any:
         choices=("yes", "no"),
         help="The variance of `ddpm-hf calibrate` (default: where it is there and --eta is not).",
     )
+    add(
+        "--solver_order",
+        type=int,
+        default=1,
+        choices=(1, 2),
+        help="2 for DDIM of second order, best in few steps, under ddpm (default: %(default)s).",
+    )
     add("--output", help="Folder for PNGs, or a .npy or .npz file.")
     add("--grid", help="Picture of the first 64 images.")
     args = parser.parse_args(argv)
@@ -86,6 +93,7 @@ def sample_command(argv: list[str]) -> Any:
     pipe = load_pipeline(args.pipeline, args.scheduler)
     all_steps = pipe.scheduler.config.num_train_timesteps
     ancestral = type(pipe.scheduler).__name__ == "DDPMScheduler" and args.eta is None
+    ancestral = ancestral and args.solver_order == 1
     default, given = all_steps if ancestral else min(50, all_steps), args.num_inference_steps
     num_inference_steps = default if given is None else given
     sample_to(
@@ -99,6 +107,7 @@ def sample_command(argv: list[str]) -> Any:
         guidance_scale=args.guidance_scale,
         eta=args.eta,
         analytic=None if args.analytic is None else args.analytic == "yes",
+        solver_order=args.solver_order,
         grid=args.grid,
     )
     print("\n".join(f"Wrote {path}" for path in (args.output, args.grid) if path))

@@ -30,6 +30,7 @@ from .inversion import (
     timestep_of_noise,
 )
 from .loading import prepare, told_in_one_line
+from .multistep import SecondOrder
 from .scheduler import DDPMScheduler
 from .uploads import freeze
 
@@ -204,6 +205,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         latents: Tensor | None = None,
         eta: float | None = None,
         analytic: bool | None = None,
+        solver_order: int = 1,
     ) -> ImagePipelineOutput | tuple:
         """Algorithm 2: sample images.
 
@@ -222,11 +224,13 @@ class DDPMPipeline(diffusers.DDPMPipeline):
                 DDPM.
             analytic: Sample with the variance of `ddpm-hf calibrate`. Without it DDPM does, where
                 the model is calibrated and a step is left out, and DDIM does not.
+            solver_order: 2 is DDIM (eta = 0) of second order, the best in few steps, see multistep;
+                with the calibrated variance where the model has it and `analytic` is not False.
 
         Raises:
             ValueError: unknown output type.
             InputError: batch_size < 1, num_inference_steps out of range, a list of generators of
-                another length; classes, latents, eta or analytic that do not fit.
+                another length; classes, latents, eta, analytic or solver_order that do not fit.
         """
         _check_output_type(output_type)
         steps = self.denoise(
@@ -238,6 +242,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             latents=latents,
             eta=eta,
             analytic=analytic,
+            solver_order=solver_order,
         )
         images = self._finish(steps, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -266,6 +271,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         latents: Tensor | None = None,
         eta: float | None = None,
         analytic: bool | None = None,
+        solver_order: int = 1,
     ) -> Iterator[DenoisingStep]:
         """The reverse process, step by step; the last x_s is the image, in [-1, 1].
 
@@ -275,25 +281,38 @@ class DDPMPipeline(diffusers.DDPMPipeline):
 
         Raises:
             InputError: batch_size < 1, num_inference_steps out of range, a list of generators of
-                another length; classes, latents, eta or analytic that do not fit.
+                another length; classes, latents, eta, analytic or solver_order that do not fit.
         """
         _check_whole("batch_size", batch_size)
         _check_generators(generator, "batch_size", batch_size)
-        self._check_variance(eta, analytic)
+        self._check_variance(eta, analytic, solver_order)
         device, shape = self._execution_device, (batch_size, *self.image_shape)
         labels = self._class_numbers(class_labels, batch_size, guidance_scale, device)
         if latents is not None:
             self._check_latents(latents, batch_size)
         ours = isinstance(self.scheduler, DDPMScheduler)
+        ancestral = ours and eta is None and solver_order == 1
         calibrated = ours and self.scheduler.analytic is not None
-        by_type = ours and eta is None and not (calibrated if analytic is None else analytic)
+        by_type = ancestral and not (calibrated if analytic is None else analytic)
         self._set_timesteps(num_inference_steps, device, by_type=by_type)
         x_t = (
             self._draw(shape, generator, device) if latents is None else latents.float().to(device)
         )
         x_t = x_t * float(self.scheduler.init_noise_sigma)
+        solver = None
+        if solver_order == 2:
+            fewer = calibrated and len(self.scheduler.timesteps) < len(self.scheduler.beta)
+            noisy = fewer if analytic is None else analytic
+            solver = SecondOrder(self.scheduler, analytic=noisy)
         yield from self._reverse(
-            self.scheduler, x_t, generator, labels, guidance_scale, eta=eta, analytic=analytic
+            self.scheduler,
+            x_t,
+            generator,
+            labels,
+            guidance_scale,
+            solver,
+            eta=eta,
+            analytic=analytic,
         )
 
     def _reverse(
@@ -303,6 +322,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         generator,
         labels: Tensor | None,
         guidance_scale=1.0,
+        solver: SecondOrder | None = None,
         **variance,
     ) -> Iterator[DenoisingStep]:
         """The steps from x_t, (B, C, H, W), along a scheduler's timesteps."""
@@ -315,7 +335,9 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             output = self._guided(x_in.to(self.unet.dtype), t, labels, guidance_scale)
             prediction, _ = process.split_output(output, x_t.shape[1])
             x_0_hat = process.clip_x_0(process.to_x_0(prediction, x_in, t.item()))
-            if asked:
+            if solver is not None:
+                x_t, _ = solver.step(output, x_t, t, generator)
+            elif asked:
                 x_t, _ = process.reverse_step(output, x_t, t, generator, **asked)
             else:
                 # diffusers' own schedulers know no learned variance, or one of RGB images only.
@@ -323,18 +345,21 @@ class DDPMPipeline(diffusers.DDPMPipeline):
                 x_t = scheduler.step(answer, t, x_t, **options).prev_sample
             yield DenoisingStep(t.item(), x_t, x_0_hat)
 
-    def _check_variance(self, eta: float | None, analytic: bool | None) -> None:
-        """Raise InputError for an eta, or a calibrated variance, that there cannot be."""
-        if (eta is not None or analytic is not None) and not isinstance(
-            self.scheduler, DDPMScheduler
-        ):
+    def _check_variance(self, eta: float | None, analytic: bool | None, solver_order: int) -> None:
+        """Raise InputError for an eta, a calibrated variance or an order that there cannot be."""
+        if solver_order not in (1, 2):
+            raise InputError(f"solver_order must be 1 or 2; got {solver_order!r}")
+        asked = eta is not None or analytic is not None or solver_order != 1
+        if asked and not isinstance(self.scheduler, DDPMScheduler):
             raise InputError(
-                "eta and analytic belong to this package's scheduler; the pipeline's is "
-                f"{type(self.scheduler).__name__}: leave them out, or set pipe.scheduler = "
+                "eta, analytic and solver_order belong to this package's scheduler; the pipeline's "
+                f"is {type(self.scheduler).__name__}: leave them out, or set pipe.scheduler = "
                 "ddpm_hf.DDPMScheduler.from_config(pipe.scheduler.config)"
             )
         if eta is not None and not 0 <= eta <= 1:
             raise InputError(f"eta must be between 0 (DDIM) and 1 (DDPM); got {eta}")
+        if solver_order == 2 and eta:
+            raise InputError(f"solver_order=2 is of DDIM, eta=0; got eta={eta}")
         if analytic and self.scheduler.analytic is None:
             raise InputError("analytic needs a calibrated model: run `ddpm-hf calibrate` first")
 

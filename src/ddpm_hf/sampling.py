@@ -59,6 +59,7 @@ def sample_batches(
     guidance_scale: float = 1.0,
     eta: float | None = None,
     analytic: bool | None = None,
+    solver_order: int = 1,
 ) -> Iterator[np.ndarray]:
     """Images in batches, uint8 (B, H, W, C); image i is drawn from (seed, i) in any batch.
 
@@ -79,6 +80,7 @@ def sample_batches(
             guidance_scale=guidance_scale,
             eta=eta,
             analytic=analytic,
+            solver_order=solver_order,
         ).images
         yield (images * 255).round().astype(np.uint8)
 
@@ -95,6 +97,7 @@ def sample_to(
     guidance_scale: float = 1.0,
     eta: float | None = None,
     analytic: bool | None = None,
+    solver_order: int = 1,
     grid: str | Path | None = None,
 ) -> None:
     """Sample images into `output` as they come, and the first 64 of them into one picture.
@@ -110,7 +113,8 @@ def sample_to(
         class_label: One class, number or name, for all images of a class-conditional network; all
             classes in turn when not given.
         guidance_scale: 1 + w in classifier-free guidance; 1.0 is off.
-        eta, analytic: DDIM, and the calibrated variance, as in `DDPMPipeline.__call__`.
+        eta, analytic, solver_order: DDIM, the calibrated variance, and second order, as in
+            `DDPMPipeline.__call__`.
         grid: File of the picture.
 
     Raises:
@@ -134,6 +138,7 @@ def sample_to(
             guidance_scale=guidance_scale,
             eta=eta,
             analytic=analytic,
+            solver_order=solver_order,
         ):
             images = images[..., 0] if channels == 1 else images
             shown += [Image.fromarray(image) for image in images[: 64 - len(shown)]]
