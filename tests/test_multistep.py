@@ -80,7 +80,7 @@ def test_it_follows_the_exact_path_more_closely_than_ddim(settings):
     for each in (scheduler, ddim):
         before_last = run(each, network, at(999, u).float(), 20)[-2]
         errors.append((before_last - at(int(each.timesteps[-1]), u)).abs().max().item())
-    assert errors[0] < errors[1] / 4  # 0.2 % and 1 % of the range; 0.1 % and 1 % for epsilon
+    assert errors[0] < errors[1] / 4  # 0.011 and 0.052 under the cosine schedule
 
 
 def test_noise_is_optimal_and_a_corrected_step_keeps_it():
