@@ -44,6 +44,7 @@ SAMPLERS = {
     "unipc": "UniPC",
     "analytic-ddpm": "ancestral, optimal variance",
     "analytic-ddim": "DDIM, optimal variance",
+    "analytic-second-order": "DDIM of 2nd order, optimal variance",
 }
 
 
@@ -221,6 +222,7 @@ def samplers(path: Path) -> None:
     figure, (axes,) = new_axes(1, xlabel="network evaluations an image", ylabel="FD")
     for name, label in SAMPLERS.items():
         rows = [row for row in measured if (row["sampler"], row["timesteps"]) == (name, "uniform")]
+        rows.sort(key=lambda row: row["steps"])
         axes.plot([r["steps"] for r in rows], [r["fd"] for r in rows], marker=".", label=label)
     axes.set(xscale="log", yscale="log")
     axes.legend(fontsize=7)
