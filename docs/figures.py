@@ -34,7 +34,7 @@ from ddpm_hf.scheduler import DDPMScheduler
 
 SCHEDULES = ("linear", "cosine", "sigmoid", "laplace")
 STEPS = 25
-"""Steps of the short chains that are drawn."""
+"""Of the short chain whose variances are drawn."""
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "sampling.json"
 SAMPLERS = {
     "fixed_large": "ancestral, fixed_large",
@@ -131,9 +131,9 @@ def variances(path: Path, scheduler: DDPMScheduler) -> None:
         ratio.plot(steps, (small / large).sqrt(), label=f"t - s = {gap}")
     ratio.set(ylabel="sqrt(beta-tilde / beta)", xscale="log")
     ratio.legend()
-    scheduler.set_timesteps(STEPS)
-    t = scheduler.timesteps.cpu()[:-1]
-    s = scheduler.timesteps.cpu()[1:]
+    stride = 1000 // STEPS
+    t = torch.arange(999, stride - 1, -stride)
+    s = t - stride
     choices = {
         "fixed_large": (1 - scheduler.alpha_bar_at(t) / scheduler.alpha_bar_at(s)).sqrt(),
         "optimal": scheduler.analytic_variance(t, s).sqrt(),
@@ -244,6 +244,9 @@ def main() -> None:
         parser.error(
             f"calibrate it first: ddpm-hf calibrate {args.pipeline} --dataset_name embedded"
         )
+    # Evenly spaced timesteps, whichever are stored.
+    analytic = {**pipe.process.analytic, "timesteps": {}}
+    pipe.scheduler.register_to_config(_ddpm_hf={**pipe.process.extras, "analytic": analytic})
     args.output.mkdir(parents=True, exist_ok=True)
     forward(args.output / "forward.png")
     schedules(args.output / "schedules.png")
