@@ -100,7 +100,7 @@ def schedules(path: Path) -> None:
         alpha_bar = build_scheduler(ddpm_beta_schedule=name).alpha_bar[1:]
         signal.plot(alpha_bar, label=name)
         snr.plot((alpha_bar / (1 - alpha_bar)).log10(), label=name)
-    signal.set(ylabel="alpha_bar: share of the signal's power")
+    signal.set(ylabel="alpha_bar")
     snr.set(ylabel="log10 SNR(t)", ylim=(-5, 4.5))
     signal.legend()
     figure.savefig(path, dpi=110)
@@ -108,7 +108,7 @@ def schedules(path: Path) -> None:
 
 def parametrisations(path: Path) -> None:
     """How an error of the network's output becomes one of x_0_hat, by what it predicts."""
-    figure, panels = new_axes(2, xlabel="t", ylabel="error of x_0_hat per error of the output")
+    figure, panels = new_axes(2, xlabel="t", ylabel="error of x_0_hat by that of output")
     for axes, name in zip(panels, ("linear", "cosine"), strict=True):
         t = torch.arange(1000)
         for kind in ("epsilon", "v_prediction", "sample"):
@@ -141,7 +141,7 @@ def variances(path: Path, scheduler: DDPMScheduler) -> None:
     }
     for name, deviation in choices.items():
         short.plot(t, deviation, marker=".", label=name)
-    short.set(ylabel=f"standard deviation of a step, K = {STEPS}", yscale="log")
+    short.set(ylabel="standard deviation", title=f"of a step, K = {STEPS}", yscale="log")
     short.legend()
     figure.savefig(path, dpi=110)
 

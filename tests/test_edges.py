@@ -226,3 +226,15 @@ def test_a_noisy_image_is_sampled_by_the_variance_of_a_sub_chain(make_pipe, name
     )
     assert made.noise_level == pytest.approx(noise_of[t].item(), rel=1e-9)
     assert_same(made.images, as_image(by_hand(process, x_t, chain, variance, seeded())))
+
+
+def test_a_noisy_image_by_every_timestep_is_sampled_by_the_type(make_pipe):
+    pipe = make_pipe(calibrated=True)
+    process, y = pipe.scheduler, images(1, 1, 8, 8)
+    noise_of = 127.5 * (1 / process.alpha_bar[1:] - 1).sqrt()
+    x_t = process.alpha_bar_at(30).sqrt() * y.double()
+    made = pipe.denoise_image(
+        y, float(noise_of[30]), generator=seeded(), num_inference_steps=1000, output_type="pt"
+    )
+    expected = by_hand(process, x_t, range(30, -1, -1), small, seeded())
+    assert_same(made.images, as_image(expected))

@@ -478,9 +478,15 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         scheduler.set_timesteps(timesteps=timesteps.tolist())
         scale = like(process.alpha_bar_at(t).sqrt(), y)
         x_t = scale * y.expand(num_images, -1, -1, -1)
-        # fixed_large is for all T steps; DDIM with eta 1 is fixed_small.
-        large = process.analytic is None and process.config.variance_type.startswith("fixed_large")
-        steps = self._reverse(scheduler, x_t, generator, labels, eta=1.0 if large else None)
+        # The trained variance is for steps t -> t - 1. For longer ones it is the calibrated one, or
+        # that of the type, but for fixed_large: DDIM with eta 1 is fixed_small.
+        if len(timesteps) == t + 1:
+            variance = dict(analytic=False)
+        elif process.analytic is None and process.config.variance_type.startswith("fixed_large"):
+            variance = dict(eta=1.0)
+        else:
+            variance = {}
+        steps = self._reverse(scheduler, x_t, generator, labels, **variance)
         images = self._finish(steps, output_type)
         return Denoised(images, noise_of_timestep(process, t))
 
