@@ -5,7 +5,7 @@
     python docs/figures.py out/fashion-quick --output docs/images
 
 Minutes on two CPU cores. The pictures of the reverse process are those of the model given, whose images
-have to be grey and 28x28.
+have to be grey and 28x28; those in docs/images are of the model that benchmarks/sampling.py compares samplers on.
 """  # noqa: E501
 
 import argparse
