@@ -11,7 +11,7 @@
 Every sampler gets the same noise to start from. Uniform timesteps are evenly spaced, trailing; optimal ones
 are those that the calibration stored for that many steps. dpm++ (2M) and unipc are diffusers' own; ddim is
 this package's, with the noise derived again from the clipped image, and ddim-stock diffusers'.
-second-order is unipc with clipped images, and analytic-second-order adds the calibrated noise.
+analytic-second-order takes unipc's steps and adds the calibrated noise.
 Writes benchmarks/results/OUTPUT.json, a row a sampler and number of steps, as each ends; the same command
 again goes on with those that are missing.
 """  # noqa: E501
@@ -55,9 +55,6 @@ SAMPLERS = {
     "analytic-ddpm": Sampler(DDPMScheduler, options={"analytic": True}),
     "ddim": Sampler(DDPMScheduler, options={"eta": 0.0}),
     "analytic-ddim": Sampler(DDPMScheduler, options={"eta": 0.0, "analytic": True}),
-    "second-order": Sampler(
-        DDPMScheduler, options={"solver_order": 2, "analytic": False}, optimal_too=False
-    ),
     "analytic-second-order": Sampler(DDPMScheduler, options={"solver_order": 2, "analytic": True}),
     "ddim-stock": Sampler(diffusers.DDIMScheduler, optimal_too=False),
     "dpm++": Sampler(diffusers.DPMSolverMultistepScheduler),
