@@ -58,9 +58,6 @@ SAMPLERS = {
     "analytic-second-order": Sampler(DDPMScheduler, options={"solver_order": 2, "analytic": True}),
     "ddim-stock": Sampler(diffusers.DDIMScheduler, optimal_too=False),
     "dpm++": Sampler(diffusers.DPMSolverMultistepScheduler),
-    "dpm++-karras": Sampler(
-        diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}, optimal_too=False
-    ),
     "dpm++-sde": Sampler(
         diffusers.DPMSolverMultistepScheduler,
         {"algorithm_type": "sde-dpmsolver++"},
