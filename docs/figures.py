@@ -219,13 +219,19 @@ def reconstructions(path: Path, pipe: DDPMPipeline) -> None:
 def samplers(path: Path) -> None:
     """FD by sampler and number of steps, as benchmarks/sampling.py measured them."""
     measured = json.loads(RESULTS.read_text())["rows"]
-    figure, (axes,) = new_axes(1, xlabel="network evaluations an image", ylabel="FD")
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axes = figure.subplots()
     for name, label in SAMPLERS.items():
         rows = [row for row in measured if (row["sampler"], row["timesteps"]) == (name, "uniform")]
         rows.sort(key=lambda row: row["steps"])
         axes.plot([r["steps"] for r in rows], [r["fd"] for r in rows], marker=".", label=label)
-    axes.set(xscale="log", yscale="log")
-    axes.legend(fontsize=7)
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations an image", ylabel="FD")
+    steps, levels = sorted({row["steps"] for row in measured}), (1, 2, 5, 10, 20)
+    axes.set_xticks(steps, map(str, steps))
+    axes.set_yticks(levels, map(str, levels))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
