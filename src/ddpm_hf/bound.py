@@ -147,8 +147,8 @@ def evaluate(
     _ = pipe.process.analytic  # statistics that cannot be sampled with are said now
     strata = Strata.split(len(pipe.process.beta), timesteps)
     shown = _strip_timesteps(len(pipe.process.beta), strip_timesteps)
-    folder = on_main(partial(_folder, pipeline, output))
     images = in_turn(PartialState(), partial(_load, config, pipe, num_images, fit))
+    folder = on_main(partial(_folder, pipeline, output))
     sums = _measure(pipe, images, strata, batch_size, seed, "Measuring the bound")
     result = _evaluation(sums, rate_distortion(sums, strata), folder)
 
@@ -204,11 +204,11 @@ def calibrate(
     num_timesteps = len(scheduler.beta)
     check_steps(steps, num_timesteps)
     strata = Strata.split(num_timesteps, timesteps or min(100, num_timesteps), power=1)
-    folder = on_main(partial(_folder, pipeline, output))
-    if folder is None:
+    if output is None and not Path(pipeline).is_dir():
         raise InputError(f"{pipeline!r} is not a folder: name one for the result with output")
     images = in_turn(PartialState(), partial(_load, config, pipe, num_images, fit))
     _check_visits(len(images), strata)
+    folder = on_main(partial(_folder, pipeline, output))
     sums = _measure(pipe, images, strata, batch_size, seed, "Calibrating")
     estimate, around = estimate_mean_square_eps(sums), estimate_x_0_variance(sums)
     store(
