@@ -325,6 +325,7 @@ def test_bad_command_lines(argv, message, capsys, monkeypatch):
         (dict(steps=[1]), "steps must be between 2 and the 50 trained timesteps; got 1"),
         (dict(steps=[10, 51]), "steps must be between 2 and the 50 trained timesteps; got 51"),
         (dict(timesteps=51), "timesteps must be between 2 and the 50 trained ones; got 51"),
+        (dict(timesteps=0), "timesteps must be between 2 and the 50 trained ones; got 0"),
         (dict(seed=-1), "seed must be at least 0; got -1"),
     ],
 )

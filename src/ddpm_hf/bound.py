@@ -203,7 +203,8 @@ def calibrate(
     scheduler = pipe.process
     num_timesteps = len(scheduler.beta)
     check_steps(steps, num_timesteps)
-    strata = Strata.split(num_timesteps, timesteps or min(100, num_timesteps), power=1)
+    count = min(100, num_timesteps) if timesteps is None else timesteps
+    strata = Strata.split(num_timesteps, count, power=1)
     if output is None and not Path(pipeline).is_dir():
         raise InputError(f"{pipeline!r} is not a folder: name one for the result with output")
     images = in_turn(PartialState(), partial(_load, config, pipe, num_images, fit))
