@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import NUM_IMAGES, measure_quality, save_report, start_report
+from common import NUM_IMAGES, load_yardstick, measure_quality, save_report, start_report
 
 from ddpm_hf import TrainingConfig, train
 from ddpm_hf.sampling import load_pipeline
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--run", action="append", required=True, help="Settings of one run.")
     parser.add_argument("--output", required=True, help="Name of the file in results/.")
     args = parser.parse_args()
+    load_yardstick(args.yardstick, args.images)  # what it lacks shows before the training
     report = start_report(
         f"recipe {args.recipe}, {NUM_IMAGES[args.images]} images, DDIM, 20 steps, trailing",
         args.yardstick,

@@ -30,6 +30,7 @@ from accelerate.state import AcceleratorState
 from common import (
     NUM_IMAGES,
     EnoughError,
+    load_yardstick,
     measure_quality,
     save_report,
     start_report,
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="time-to-quality", help="File in results/.")
     args = parser.parse_args()
+    load_yardstick(args.yardstick, "fashion")  # what it lacks shows before the training
     set_threads("auto")
     report = start_report(
         f"FD over training time, Fashion-MNIST 28x28, {NUM_IMAGES['fashion']} images",
