@@ -25,7 +25,6 @@ from sampling import identity
 from torch import Tensor
 
 from ddpm_hf import DDPMPipeline, TrainingConfig
-from ddpm_hf.bound import centred
 from ddpm_hf.data import load_images, to_network
 from ddpm_hf.sampling import load_pipeline
 from ddpm_hf.sources import find_held_out_split
@@ -48,7 +47,7 @@ def held_out(pipe: DDPMPipeline, name: str, count: int) -> tuple[Tensor, str]:
     config = replace(config, split=find_held_out_split(config) or "train")
     images = load_images(config)
     places = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)
-    return to_network(centred(images, places)), config.split
+    return to_network(images.centred(places)), config.split
 
 
 def reconstruction(pipe: DDPMPipeline, images: Tensor, steps: int, iterations: int) -> dict:

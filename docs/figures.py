@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ddpm_hf import DDPMPipeline, TrainingConfig, build_scheduler
-from ddpm_hf.bound import centred, plot_rate_distortion
 from ddpm_hf.data import load_images, to_network
+from ddpm_hf.evaluation import plot_rate_distortion
 from ddpm_hf.likelihood import (
     BoundSums,
     Strata,
@@ -51,7 +51,7 @@ SAMPLERS = {
 def garments(count: int) -> Tensor:
     """So many embedded images, spread over the set, (B, 1, 28, 28) in [-1, 1]."""
     images = load_images(TrainingConfig.from_recipe("fashion-quick"))
-    return to_network(centred(images, np.linspace(0, len(images) - 1, count).astype(int)))
+    return to_network(images.centred(np.linspace(0, len(images) - 1, count).astype(int)))
 
 
 def new_axes(columns: int, **labels: str) -> tuple[Figure, list[Axes]]:

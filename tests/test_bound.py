@@ -14,9 +14,9 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler, calibrate, evaluate
-from ddpm_hf.bound import table
 from ddpm_hf.cli import main
 from ddpm_hf.errors import InputError
+from ddpm_hf.evaluation import table
 from ddpm_hf.likelihood import bits_per_dim, noise_for
 from ddpm_hf.results import read_results
 

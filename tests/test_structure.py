@@ -58,6 +58,7 @@ ORDER = [
     "outputs",
     "training",
     "bound",
+    "evaluation",
     "cli",
 ]
 MATHS = ORDER[: ORDER.index("ema") + 1]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .bound import calibrate, evaluate
+    from .bound import calibrate
     from .config import TrainingConfig
+    from .evaluation import evaluate
     from .hub import push_to_hub
     from .pipeline import DDPMPipeline
     from .presets import PRESETS, build_scheduler, build_unet
@@ -26,7 +27,7 @@ _WHERE = {
     "build_unet": "presets",
     "push_to_hub": "hub",
     "calibrate": "bound",
-    "evaluate": "bound",
+    "evaluate": "evaluation",
     "train": "training",
 }
 

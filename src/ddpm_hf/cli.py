@@ -131,7 +131,7 @@ def evaluate_command(argv: list[str]) -> Any:
     args = vars(parser.parse_args(argv))
     if not args.pop("nll"):
         parser.error("name what to measure: --nll")
-    from .bound import evaluate, table
+    from .evaluation import evaluate, table
 
     result = evaluate(**args)
     if int(os.environ.get("RANK", 0)) == 0:

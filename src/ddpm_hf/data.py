@@ -244,6 +244,10 @@ class ImageSet:
             crops = crop_on_device(whole, draws, self.size, flip=flip)
         return crops.expand(-1, self.channels, -1, -1).contiguous()
 
+    def centred(self, indices: np.ndarray) -> Tensor:
+        """Images cropped at their centre, not flipped, as `gather` gives them."""
+        return self.gather(indices, np.full((len(indices), 3), 0.5), False)
+
     def stack(self, indices: np.ndarray) -> np.ndarray:
         """Whole images of a set of one shape, (B, channels, height, width), grey as asked for."""
         assert self.shape is not None

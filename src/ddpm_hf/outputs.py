@@ -120,8 +120,7 @@ def loss_on(run: Run, unet: torch.nn.Module, images: ImageSet, count: int) -> Lo
     mine = np.arange(count)[run.accelerator.process_index :: processes]
     for first in range(0, len(mine), run.plan.per_device):
         numbers = mine[first : first + run.plan.per_device]
-        centre = np.full((len(numbers), 3), 0.5)
-        x_0 = to_network(images.gather(spread[numbers], centre, False).to(device))
+        x_0 = to_network(images.centred(spread[numbers]).to(device))
         eps = torch.stack(
             [
                 torch.randn(x_0.shape[1:], generator=torch.Generator().manual_seed(seed))
