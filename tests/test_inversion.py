@@ -13,11 +13,14 @@ from ddpm_hf import DDPMPipeline, build_scheduler
 from ddpm_hf.calibration import store
 from ddpm_hf.errors import InputError
 from ddpm_hf.inversion import (
+    cut_off,
     estimate_timestep,
     noise_of_timestep,
+    noised_as,
     read_images,
     read_noisy_image,
     timestep_of_noise,
+    uncut_square,
 )
 
 from .conftest import images, noise
@@ -104,6 +107,78 @@ def test_the_noise_of_an_image_is_estimated(pipe, level, calibrated):
         assert abs(estimated - level) < max(tolerance, 1)
     else:
         assert estimated < level  # where E|eps_hat|^2 is below 1, as here at every t
+
+
+@pytest.fixture
+def known_image(pipe):
+    """A pipeline whose network knows the clean image: a grey field on black, with white on it."""
+    x_0 = torch.full((1, 1, 64, 64), -1.0)
+    x_0[..., 16:48, 8:56] = -0.3
+    x_0[..., 24:32, 16:48] = 1.0
+
+    def forward(x_t, t, class_labels=None):
+        a = pipe.scheduler.alpha_bar_at(t).float().reshape(-1, 1, 1, 1)
+        return UNet2DOutput(sample=(x_t - a.sqrt() * x_0) / (1 - a).sqrt())
+
+    pipe.unet.forward = forward
+    pipe.unet.register_to_config(sample_size=64)
+    return pipe, x_0
+
+
+def bytes_of(x):
+    """What a file keeps of an image: 256 levels, and nothing beyond black and white."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("level", [10.0, 40.0, 100.0])
+def test_noise_that_a_file_cut_off_is_estimated(known_image, level):
+    pipe, x_0 = known_image
+    noisy = bytes_of(x_0 + level / 127.5 * noise(*x_0.shape))
+    assert ((noisy == 0) | (noisy == 255)).float().mean() > 0.3  # of black, half is cut off
+    made = pipe.denoise_image(noisy, num_inference_steps=1, output_type="pt")
+    # 2,500 pixels or so are left: 1.5 % of sigma, and half a grey level of rounding.
+    assert made.noise_level == pytest.approx(level, rel=0.05)
+
+
+def test_noise_that_was_cut_off_is_drawn_beyond(known_image):
+    pipe, x_0 = known_image
+    t = torch.tensor(timestep_of_noise(pipe.scheduler, 40.0))
+    alpha_bar = pipe.scheduler.alpha_bar_at(t)
+    sigma = float((1 / alpha_bar - 1).sqrt())
+    y = bytes_of(x_0 + sigma * noise(*x_0.shape)).float() / 127.5 - 1
+    eps = torch.randn(8, 1, 64, 64, generator=torch.Generator().manual_seed(1))
+    x_t, x_0_hat = noised_as(lambda x, t: pipe.unet(x, t).sample, pipe.scheduler, y, t, eps)
+    drawn = (x_t / alpha_bar.sqrt()).float()
+    kept = ~cut_off(y)[0]
+    unchanged = y.expand(8, -1, -1, -1)[:, kept]
+    torch.testing.assert_close(drawn[:, kept], unchanged, rtol=0, atol=1e-6)  # float32
+    black, white = (cut_off(y) & (x_0 == end) & (y == end) for end in (-1, 1))
+    for where, end in ((black, -1), (white, 1)):
+        beyond = (drawn - end)[:, where[0]] * end
+        assert beyond.min() >= 0
+        # Half a normal distribution, of 1,000 draws or more: known to 2.2 %.
+        assert beyond.square().mean().sqrt().item() == pytest.approx(sigma, rel=0.08)
+        assert beyond.mean().item() == pytest.approx(sigma * (2 / torch.pi) ** 0.5, rel=0.08)
+    grey = cut_off(y) & (x_0 == -0.3) & (y == -1)
+    assert grey.any()
+    assert drawn[:, grey[0]].max() < -0.99  # further than the end, by rounding at least
+    torch.testing.assert_close(x_0_hat, x_0.expand(8, -1, -1, -1), rtol=0, atol=1e-4)  # float32
+
+
+def test_only_pixels_at_the_ends_of_an_image_that_ends_there_are_cut_off():
+    image = torch.tensor([-1.0, -0.999, 0.0, 1.0]).reshape(1, 1, 2, 2)
+    assert cut_off(image).flatten().tolist() == [True, False, False, True]
+    assert not cut_off(torch.tensor([-1.0, -1.2, 0.0, 1.0]).reshape(1, 1, 2, 2)).any()
+    assert not cut_off(torch.ones(1, 1, 2, 2)).any()  # nothing would be left
+
+
+@pytest.mark.parametrize("x_0", [-1.0, -0.4, 0.9])
+@pytest.mark.parametrize("sigma", [0.02, 0.3, 2.0])
+def test_what_is_left_of_noise_has_the_square_that_it_is_expected_to(x_0, sigma):
+    eps = noise(200_000).double()
+    kept = (x_0 + sigma * eps).abs() < 1
+    expected = uncut_square(torch.full((1, 1, 1, 1), x_0), torch.tensor([sigma])).item()
+    assert eps[kept].square().mean().item() == pytest.approx(expected, rel=0.02)  # 50,000 and more
 
 
 @pytest.mark.parametrize("level", [30.0, 100.0])

@@ -31,6 +31,13 @@ MOST_UNKNOWN_NOISE = 255
 DEVIATIONS = 6
 """Of the noise, how far beyond [-1, 1] a float may lie: by chance one in 10**9 lies further."""
 
+MOST_CUT_NOISE = 170
+"""Grey levels of noise up to which it is looked for where it is cut off: of more too little is left
+to tell it by."""
+
+PASSES = 3
+"""Over an image whose noise is cut off, each with a better x_0_hat to draw by what is missing."""
+
 NO_SIGNAL = 1e-6
 """An alpha_bar below this is pure noise: the last of the cosine schedule, or of a rescaled one."""
 
@@ -223,13 +230,70 @@ def timestep_of_noise(scheduler: DDPMScheduler, noise_level: float) -> int:
     return int((levels - noise_level).abs().argmin())
 
 
+def cut_off(image: Tensor) -> Tensor:
+    """Pixels whose noise may have been cut off: those at black or white, where none is beyond.
+
+    Args:
+        image: A noisy image, (1, C, H, W), clean in [-1, 1].
+
+    Returns:
+        The same shape, bool.
+    """
+    at_the_end = image.abs() == 1
+    return at_the_end & ~((image.abs() > 1).any() | at_the_end.all())
+
+
+def noised_as(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    scheduler: DDPMScheduler,
+    image: Tensor,
+    t: Tensor,
+    eps: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """An image taken for x_t / sqrt(alpha_bar_t), and x_0_hat, both (B, C, H, W).
+
+    Noise that was cut off at black or white is drawn, given x_0_hat and that it led there. Left as
+    it is, the network takes half of it for none, and the mean of the other half for grey.
+
+    Args:
+        predict: As in `invert_ddim`.
+        scheduler: The process.
+        image: A noisy image, (1, C, H, W), clean in [-1, 1].
+        t: Timesteps, (B,), or () for those of all.
+        eps: Standard normal, (B, C, H, W), or (1, C, H, W) for those of all: what is drawn by.
+    """
+    alpha_bar = scheduler.alpha_bar_at(t)
+    scale, sigma = like(alpha_bar.sqrt(), image), like((1 / alpha_bar - 1).sqrt(), image)
+    cut, end = cut_off(image), image.sign()
+    x_0_hat, y = image, image
+    for _ in range(PASSES if cut.any() else 1):
+        # How far the end is from the clean pixel, in deviations; beyond 4 there is none in float32.
+        left = (end * x_0_hat.clamp(-1, 1) - 1).div(sigma).clamp(min=-4)
+        tail = torch.special.ndtr(left) * torch.special.ndtr(eps)
+        beyond = -torch.special.ndtri(tail.clamp(min=1e-7))
+        y = torch.where(cut, x_0_hat.clamp(-1, 1) + end * sigma * beyond, image)
+        x_t = scale * y
+        x_0_hat = scheduler.to_x_0(predict(x_t, t), x_t, t)
+    return x_t, x_0_hat
+
+
+def uncut_square(x_0: Tensor, sigma: Tensor) -> Tensor:
+    """E eps**2 of the noise that leaves a pixel x_0 + sigma * eps in (-1, 1), (B, C, H, W)."""
+    sigma = like(sigma, x_0)
+    low, high = (-1 - x_0) / sigma, (1 - x_0) / sigma
+    density_low, density_high = ((-(z**2) / 2).exp() / (2 * torch.pi) ** 0.5 for z in (low, high))
+    inside = torch.special.ndtr(high) - torch.special.ndtr(low)
+    return 1 - (high * density_high - low * density_low) / inside
+
+
 def estimate_timestep(
     predict: Callable[[Tensor, Tensor], Tensor], scheduler: DDPMScheduler, image: Tensor
 ) -> int:
     """The timestep whose noise is that of an image: where the network sees as much as it should.
 
     Noise taken for too little looks larger than E|eps_hat|**2, and for too much smaller. Without
-    `ddpm-hf calibrate` that is taken to be 1, which finds somewhat too little noise.
+    `ddpm-hf calibrate` that is taken to be 1, which finds somewhat too little noise. Where noise
+    was cut off, the pixels that are left tell it, by what is left of their noise.
 
     Args:
         predict: As in `invert_ddim`.
@@ -241,11 +305,18 @@ def estimate_timestep(
     if stored is not None:
         expected = torch.tensor(stored["mean_square_eps"], dtype=torch.float64)
     low, high = 0, int((scheduler.alpha_bar[1:] > 0).sum()) - 1
+    kept = ~cut_off(image)[0]
+    if not kept.all():
+        high = int((scheduler.alpha_bar[1:] > 1 / (1 + (MOST_CUT_NOISE / 127.5) ** 2)).sum()) - 1
+    eps = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
     for _ in range(2):
         t = torch.linspace(low, high, NUM_CANDIDATES).round().long().unique()
-        x_t = like(scheduler.alpha_bar_at(t).sqrt(), image) * image
-        eps_hat = scheduler.to_eps(scheduler.to_x_0(predict(x_t, t), x_t, t), x_t, t)
-        seen = (eps_hat**2).flatten(1).mean(1).cpu() / expected[t]
+        x_t, x_0_hat = noised_as(predict, scheduler, image, t, eps)
+        square = scheduler.to_eps(x_0_hat, x_t, t) ** 2
+        seen = square[:, kept].mean(1).cpu() / expected[t]
+        if not kept.all():
+            sigma = (1 / scheduler.alpha_bar_at(t) - 1).sqrt()
+            seen /= uncut_square(x_0_hat.clamp(-1, 1), sigma)[:, kept].mean(1).cpu()
         noisier = (seen > 1).nonzero().flatten()
         last = int(noisier[-1]) if len(noisier) else 0
         low, high = int(t[last]), int(t[min(last + 1, len(t) - 1)])
