@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,10 +15,11 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler, calibrate, evaluate
+from ddpm_hf.bound import _check_visits
 from ddpm_hf.cli import main
 from ddpm_hf.errors import InputError
 from ddpm_hf.evaluation import table
-from ddpm_hf.likelihood import bits_per_dim, noise_for
+from ddpm_hf.likelihood import Strata, bits_per_dim, noise_for
 from ddpm_hf.results import read_results
 
 T = 50
@@ -345,6 +347,58 @@ def test_a_place_that_cannot_be_written_is_said_before_it_is_measured(
     for verb in (evaluate, calibrate):
         with pytest.raises(InputError, match="cannot write: .*file"):
             verb(model, str(grey.parent), split="test", output=tmp_path / "file" / "out")
+
+
+def test_results_that_cannot_be_read_are_said_before_it_is_measured(
+    model, grey, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(UNet2DModel, "forward", lambda *_: pytest.fail("it measured"))
+    for name in ("results.json", "training.json"):
+        (tmp_path / "model" / name).write_text('{"fid": 3}')
+        with pytest.raises(InputError, match=name):
+            evaluate(model, str(grey.parent))
+        (tmp_path / "model" / name).unlink()
+
+
+def test_images_that_are_enough_to_calibrate_by_are_known_before(model, grey, monkeypatch):
+    """Twice the largest share is not: the shares are drawn evenly, and not exactly so."""
+    strata = Strata.split(T, 10, power=1)
+    largest = int(strata.size.max())
+    with pytest.raises(InputError, match="leave some with less: use .* images or more") as caught:
+        _check_visits(2 * largest, strata, 0)
+    wanted = int(re.search(r"use (\d+) images", str(caught.value))[1])
+    assert 2 * largest < wanted <= 4 * largest
+    with pytest.raises(InputError, match=f"use {wanted} images or more"):
+        _check_visits(wanted - 1, strata, 0)
+    visits = torch.bincount(strata.draw(0, np.arange(wanted)).flatten(), minlength=T)
+    assert visits.min() >= 2
+    _check_visits(wanted, strata, 0)
+
+
+def test_a_model_of_few_timesteps_is_evaluated(tiny_unet, grey, tmp_path):
+    scheduler = build_scheduler(ddpm_num_steps=20, ddpm_beta_schedule="cosine")
+    DDPMPipeline(tiny_unet, scheduler).save_pretrained(tmp_path / "short")
+    result = evaluate(str(tmp_path / "short"), str(grey.parent))
+    assert (result.output_dir / "shared_latents.png").is_file()
+
+
+def test_rows_say_what_decides_them(model, grey, tmp_path):
+    """Two measurements that differ in it are two rows."""
+    evaluate(model, str(grey.parent), timesteps=5)
+    evaluate(model, str(grey.parent), timesteps=5, fit=True)
+    rows = read_results(tmp_path / "model")
+    found = [row.protocol for row in rows if row.metric == "bits_per_dim"]
+    assert len(found) == 2
+    assert found[1] == f"{found[0]}, images resized to fit"
+
+
+def test_an_old_folder_with_all_files_at_its_top_is_calibrated_in_place(model, grey, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (tmp_path / "model").rglob("*.*"):
+        path.rename(flat / path.name)
+    calibrate(str(flat), str(grey.parent), split="test", timesteps=T)
+    assert DDPMPipeline.from_pretrained(flat).scheduler.analytic is not None
 
 
 def test_a_folder_without_a_pipeline_may_have_a_card(model, grey, tmp_path):

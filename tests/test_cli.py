@@ -134,11 +134,14 @@ def test_pngs_npy_and_npz_hold_the_same_images_whatever_the_batch(folder, tmp_pa
         (dict(output="x.npy", num_inference_steps=0), "must be between 1 and 1000; got 0"),
         (dict(output="x.npy", num_inference_steps=1001), "must be between 1 and 1000; got 1001"),
         (dict(output="x.npy", grid="g"), "grid must end like a picture, for example .png; got 'g'"),
+        (dict(output="x.npy", grid="g.psd"), "grid must end like a picture, for example .png; got"),
         (dict(output=None, grid="pipe"), "pipe exists already"),
+        (dict(output="empty.npy"), "empty.npy exists already: name another file"),
     ],
 )
 def test_bad_sampling_arguments(folder, options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.npy").mkdir()
     options = {"num_images": 1, **options}
     with pytest.raises(InputError, match=message):
         sample_to(options.pop("output"), load_pipeline(str(folder)), **options)
@@ -194,9 +197,21 @@ def test_classes_are_sampled_by_name_by_number_and_in_turn(tiny_unet, tmp_path):
     assert not np.array_equal(made["dog"], made["guided"])
 
 
-def test_a_class_that_the_network_does_not_have(folder, capsys):
-    assert main(["sample", str(folder), "--class_label", "cat", "--grid", "g.png"]) == 2
+@pytest.mark.parametrize("output", ["out", "out.npy"])
+def test_a_class_that_the_network_does_not_have(folder, capsys, tmp_path, output):
+    output = tmp_path / "new" / output
+    assert main(["sample", str(folder), "--class_label", "cat", "--output", str(output)]) == 2
     assert "this network is unconditional" in capsys.readouterr().err
+    assert not output.parent.exists()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(folder, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    words = ["sample", str(folder), "--num_inference_steps", "2", "--num_images", "1"]
+    assert main([*words, "--grid", str(tmp_path / "file" / "g.png")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("ddpm-hf: error: ")
+    assert "file" in said
 
 
 def shown(capsys):

@@ -388,6 +388,15 @@ def test_a_truncated_checkpoint(tmp_path):
         convert("weights.pt", "out")
 
 
+def test_the_current_folder_may_be_the_output(tmp_path, monkeypatch):
+    torch.save(BARE, "weights.pt")
+    os.mkdir("out")
+    monkeypatch.chdir("out")
+    convert("../weights.pt", ".")
+    assert diffusers.DDPMPipeline.from_pretrained(".").unet is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "weights.pt"]
+
+
 def test_existing_folders_are_not_overwritten(tmp_path):
     torch.save(BARE, "weights.pt")
     os.mkdir("out")

@@ -234,6 +234,25 @@ def test_a_pipeline_pushes_itself_and_loads_where_this_package_is_not(hub_server
     assert said.splitlines()[-1] == "ddpm_hf.scheduler [1, 2.5]"
 
 
+def test_a_pipeline_of_a_revision_is_pushed_with_what_lies_beside_it_there(
+    hub_server, saved, tmp_path
+):
+    script = f"""
+        import json, pathlib
+        from ddpm_hf import DDPMPipeline, push_to_hub
+        folder = pathlib.Path({str(saved)!r})
+        settings = json.loads((folder / "config.json").read_text())
+        push_to_hub(folder, "org/name", tag="early")
+        (folder / "config.json").write_text(json.dumps(settings | {{"seed": 123456}}))
+        push_to_hub(folder, "org/name")
+        DDPMPipeline.from_pretrained("org/name", revision="early").push_to_hub("org/early")
+        """
+    run_client(hub_server, tmp_path / "home", textwrap.dedent(script))
+    now, early = (hub_server.repos["model", f"org/{name}"].tree() for name in ("name", "early"))
+    assert b"123456" in now["config.json"]
+    assert b"123456" not in early["config.json"]
+
+
 def test_only_safetensors_are_pushed(tiny_unet, tmp_path):
     DDPMPipeline(tiny_unet, build_scheduler()).save_pretrained(tmp_path)
     weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"

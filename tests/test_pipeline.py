@@ -75,6 +75,43 @@ def test_pndm_says_how_many_steps_it_needs(pipe):
         swap(pipe, "PNDMScheduler")(1, seeded(), 3)
 
 
+def test_pndm_and_a_network_that_predicts_the_image(tiny_unet):
+    pipe = DDPMPipeline(tiny_unet, build_scheduler(prediction_type="sample"))
+    with pytest.raises(InputError, match="PNDM needs a network that predicts epsilon or v; this "):
+        swap(pipe, "PNDMScheduler")(1, seeded(), 5)
+
+
+def test_a_network_that_does_not_say_its_size(pipe):
+    pipe.unet.register_to_config(sample_size=None)
+    with pytest.raises(InputError, match="configuration has no sample_size: set it"):
+        pipe(1, num_inference_steps=2)
+
+
+def test_no_output_type_is_an_array_as_in_stock(pipe):
+    made = pipe(1, seeded(), 2, output_type=None).images
+    assert np.array_equal(made, pipe(1, seeded(), 2, output_type="np").images)
+
+
+def test_no_path_of_this_machine_is_saved(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "first")
+    again = DDPMPipeline.from_pretrained(tmp_path / "first")
+    assert again.name_or_path == str(tmp_path / "first")
+    again.save_pretrained(tmp_path / "second")
+    saved = [path.read_text() for path in (tmp_path / "second").rglob("*.json")]
+    assert len(saved) == 3
+    assert not [text for text in saved if str(tmp_path) in text]
+    diffusers.DDPMPipeline.from_pretrained(tmp_path / "second")
+
+
+def test_classes_named_by_numbers_are_meant_by_their_names(tiny_unet):
+    unet = diffusers.UNet2DModel.from_config(tiny_unet.config, num_class_embeds=4)
+    pipe = DDPMPipeline(unet, build_scheduler(class_names=["1", "10", "2"]))
+    numbers = pipe._class_numbers(["1", "2", 1, "10", "0"], 5, 1.0, torch.device("cpu"))
+    assert numbers.tolist() == [0, 2, 1, 1, 0]  # "0" is no name
+    with pytest.raises(InputError, match="class_labels must be 0 to 3"):
+        pipe(1, num_inference_steps=2, class_labels="\u00b2")
+
+
 @pytest.mark.parametrize("name", [None, "DDIMScheduler", "DPMSolverMultistepScheduler"])
 def test_where_stock_samples_too_the_images_are_the_same(tiny_unet, name):
     scheduler = build_scheduler()

@@ -30,6 +30,7 @@ from .data import ImageSet, check_sizes, decode_all, to_network
 from .devices import on_main, start_processes
 from .errors import InputError
 from .likelihood import BoundSums, Strata, bits_per_dim, noise_for
+from .loading import component_folder
 from .pipeline import DDPMPipeline
 from .run import in_turn
 from .sampling import load_pipeline
@@ -95,7 +96,7 @@ def calibrate(
     if output is None and not Path(pipeline).is_dir():
         raise InputError(f"{pipeline!r} is not a folder: name one for the result with output")
     images = in_turn(PartialState(), partial(load, config, pipe, num_images, fit))
-    _check_visits(len(images), strata)
+    _check_visits(len(images), strata, seed)
     folder = on_main(partial(output_folder, pipeline, output))
     sums = measure(pipe, images, strata, batch_size, seed, "Calibrating")
     estimate, around = estimate_mean_square_eps(sums), estimate_x_0_variance(sums)
@@ -131,15 +132,23 @@ def check_numbers(batch_size: int, seed: int, num_images: int | None) -> None:
             raise InputError(f"{name} must be at least {least}; got {value}")
 
 
-def _check_visits(num_images: int, strata: Strata) -> None:
-    """Raise InputError where a timestep cannot be visited twice, as its error asks for."""
+def _check_visits(num_images: int, strata: Strata, seed: int) -> None:
+    """Raise InputError where a timestep is not visited twice, as its error asks for."""
+
+    def enough(count: int) -> bool:
+        drawn = strata.draw(seed, np.arange(count)).flatten()
+        visits = torch.bincount(drawn, minlength=int(strata.size.sum()))
+        return bool(visits.min() >= 2)
+
     largest = int(strata.size.max())
-    if num_images < 2 * largest:
-        raise InputError(
-            f"every timestep needs two images or more, and {num_images} images at "
-            f"{len(strata.size)} timesteps each leave some with less: use {2 * largest} images or "
-            "more, or more timesteps of each"
-        )
+    if num_images >= 4 * largest or enough(num_images):  # evenly drawn: 3 are enough
+        return
+    wanted = next(count for count in range(2 * largest, 5 * largest) if enough(count))
+    raise InputError(
+        f"every timestep needs two images or more, and {num_images} images at "
+        f"{len(strata.size)} timesteps each leave some with less: use {wanted} images or more, or "
+        "more timesteps of each"
+    )
 
 
 # The pipeline, the images, and the pass over them
@@ -263,8 +272,8 @@ def network_of(
 def _save(pipe: DDPMPipeline, folder: Path, *, in_place: bool) -> None:
     """Write the scheduler's configuration alone, in one piece, or the whole pipeline."""
     if in_place:
-        path = folder / "scheduler" / "scheduler_config.json"
-        write_text(path, pipe.scheduler.to_json_string())
+        where = component_folder(folder, "scheduler")
+        write_text(where / "scheduler_config.json", pipe.scheduler.to_json_string())
     else:
         pipe.save_pretrained(folder)
 

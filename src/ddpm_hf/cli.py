@@ -103,7 +103,7 @@ def sample_command(argv: list[str]) -> Any:
         batch_size=args.batch_size,
         seed=args.seed,
         num_inference_steps=num_inference_steps,
-        class_label=int(label) if (label := args.class_label or "").isdigit() else label or None,
+        class_label=args.class_label,
         guidance_scale=args.guidance_scale,
         eta=args.eta,
         analytic=None if args.analytic is None else args.analytic == "yes",
@@ -334,6 +334,11 @@ def run(command, argv: list[str], name: str) -> int:
             print(f"{name}: error: {error}", file=sys.stderr)
             answer = {"error": str(error)}
             code = EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
+        except OSError as error:
+            if error.filename is None:  # no file or folder of the user's
+                raise
+            print(f"{name}: error: {error}", file=sys.stderr)
+            answer, code = {"error": str(error)}, EXIT_INPUT
         except Stopped as stopped:
             answer, code = {"error": f"stopped by {stopped}"}, stopped.code
         except Exception as error:

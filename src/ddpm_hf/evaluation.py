@@ -32,7 +32,7 @@ from .errors import InputError
 from .inversion import noise_of_timestep
 from .likelihood import BoundSums, RateDistortion, Strata, noise_for, rate_distortion, vlb_terms
 from .pipeline import DDPMPipeline, save_image_grid
-from .results import Result, add_results, read_record
+from .results import Result, add_results, read_record, read_results
 from .run import in_turn
 from .sources import find_held_out_split
 
@@ -120,12 +120,14 @@ def evaluate(
     shown = _strip_timesteps(len(pipe.process.beta), strip_timesteps)
     images = in_turn(PartialState(), partial(load, config, pipe, num_images, fit))
     folder = on_main(partial(output_folder, pipeline, output))
+    trained = read_record(Path(pipeline))
+    if folder:
+        read_results(folder)  # what cannot be read is said before the measurement
     sums = measure(pipe, images, strata, batch_size, seed, "Measuring the bound")
     result = _evaluation(sums, rate_distortion(sums, strata), folder)
 
     def write() -> None:
-        trained = read_record(Path(pipeline))
-        about = _about(pipe, config, result, strata, seed)
+        about = _about(pipe, config, result, strata, seed, fit)
         about["split"] = split_name(config, split)
         _write(folder, result, about, None if trained is None else trained.step)
         _write_reconstructions(folder / "reconstructions.png", pipe, images, shown, seed)
@@ -173,19 +175,27 @@ def _about(
     result: Evaluation,
     strata: Strata,
     seed: int,
+    fit: bool,
 ) -> dict[str, Any]:
     """What belongs to each number: on which images, and how."""
     total, used = len(pipe.process.beta), len(strata.size)
     which = (
         f"all {total} timesteps" if used == total else f"{used} of {total} timesteps, stratified"
     )
+    how = [f"variational bound, {which}", pipe.process.config.variance_type]
+    if config.dataset_config_name:
+        how.append(f"configuration {config.dataset_config_name}")
+    if config.label_column:
+        how.append(f"given the {config.label_column}")
+    if fit:
+        how.append("images resized to fit")
     name = config.dataset_name
     named = dataset_of({"dataset_name": name})["name"]
     return dict(
         dataset=Path(name).name if Path(name).exists() else named,
         split=config.split,
         num_images=result.num_images,
-        protocol=f"variational bound, {which}, {pipe.process.config.variance_type}",
+        protocol=", ".join(how),
         seed=seed,
     )
 
@@ -270,12 +280,12 @@ def _write_shared_latents(path: Path, pipe: DDPMPipeline, images: ImageSet, seed
                 image + level / 127.5 * eps,
                 level,
                 num_images=SHARED_SAMPLES,
-                num_inference_steps=SHARED_STEPS,
+                num_inference_steps=min(SHARED_STEPS, len(pipe.process.beta)),
                 generator=torch.Generator().manual_seed(seed),
                 class_label=None if labels is None else int(labels[row]),
                 output_type="pt",
             )
-            rows.append(samples.images * 2 - 1)
+            rows.append(samples.images.cpu() * 2 - 1)
         rows.append(image.cpu())
     columns = len(SHARED_TIMES) * SHARED_SAMPLES + 1
     save_image_grid(torch.cat(rows), path, columns=columns)

@@ -161,13 +161,16 @@ def files_to_push(folder: Path) -> list[Path]:
     return [*files, card] if card.is_file() and MARK not in card.read_text() else files
 
 
-def origin_files(name: str | None, token: str | None = None) -> Path | None:
+def origin_files(
+    name: str | None, token: str | None = None, revision: str | None = None
+) -> Path | None:
     """A folder with what lies beside a pipeline where it was loaded from, if that is known."""
     if not name or Path(name).is_dir():
         return Path(name) if name and (Path(name) / "model_index.json").is_file() else None
     beside = [pattern for pattern in (*PUBLIC, CONFIG, "README.md") if "/*" not in pattern]
     with explained_hub(name, "load the card of", token=token):
-        return Path(snapshot_download(name, token=token, allow_patterns=beside))
+        found = snapshot_download(name, token=token, revision=revision, allow_patterns=beside)
+        return Path(found)
 
 
 def prepare_repo(api: HfApi, repo: str, *, private: bool | None) -> str:

@@ -135,11 +135,11 @@ def check_folder(
         if (folder / code).exists():  # where diffusers looks for classes before its own
             raise ValueError(f"it has {code}, which asks for code to be run: that is never done")
     if "scheduler" not in given:
-        where = _component_folder(folder, "scheduler")
+        where = component_folder(folder, "scheduler")
         check_scheduler(index["scheduler"][1], read_json(where / "scheduler_config.json"))
     if "unet" in given:
         return True
-    where = _component_folder(folder, "unet")
+    where = component_folder(folder, "unet")
     config = read_json(where / "config.json")
     weights = find_weights(where, variant, use_safetensors)
     check_unet(config, weights)
@@ -152,7 +152,7 @@ def check_folder(
     return safe
 
 
-def _component_folder(folder: Path, component: str) -> Path:
+def component_folder(folder: Path, component: str) -> Path:
     """Old repos, such as google/ddpm-cifar10-32, have all files at the top."""
     return folder / component if (folder / component).is_dir() else folder
 

@@ -1,6 +1,7 @@
 """DDPMPipeline: one denoising loop for every diffusers scheduler, and pictures of what it makes."""
 
 import inspect
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral
@@ -17,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from .checkpoint import write_text
 from .errors import InputError
 from .functional import like, mix_seed
 from .hub import files_to_push, origin_files, push_to_hub
@@ -82,6 +84,9 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             package's.
     """
 
+    _revision: str | None = None
+    """Of the repository that it was loaded from."""
+
     def __init__(self, unet: UNet2DModel, scheduler) -> None:
         if type(scheduler) is diffusers.DDPMScheduler:
             scheduler = DDPMScheduler.from_config(scheduler.config)
@@ -110,12 +115,18 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             folder, options = prepare(cls, name, kwargs)
             pipe = super().from_pretrained(str(folder), **options)
         pipe.register_to_config(_name_or_path=name)
+        pipe._revision = kwargs.get("revision")
         return pipe
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         size = self.unet.config.sample_size
+        if size is None:
+            raise InputError(
+                "the network's configuration has no sample_size: set it, "
+                "pipe.unet.register_to_config(sample_size=32)"
+            )
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
 
@@ -138,6 +149,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             raise InputError("safe_serialization must be True: pickles run code when they load")
         options = dict(max_shard_size=max_shard_size, use_flashpack=use_flashpack)
         super().save_pretrained(save_directory, variant=variant, **options)
+        _forget_where_it_was(Path(save_directory))
         if push_to_hub:
             repo = kwargs.pop("repo_id", Path(save_directory).resolve().name)
             self.push_to_hub(repo, **kwargs)
@@ -168,7 +180,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         if subfolder or variant:
             raise InputError("a pipeline is pushed whole: leave out subfolder and variant")
         with TemporaryDirectory() as folder:
-            origin = origin_files(self.name_or_path, token)
+            origin = origin_files(self.name_or_path, token, self._revision)
             if origin is not None:
                 freeze(origin, files_to_push(origin), Path(folder))
                 for part in ("unet", "scheduler"):
@@ -216,7 +228,8 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             generator: One for the batch, or a list with one per image: then image i does not depend
                 on the others.
             num_inference_steps: Denoising steps, at most the number of trained timesteps.
-            output_type: `pil`; `np`, (B, H, W, C) float32 in [0, 1]; or `pt`, (B, C, H, W).
+            output_type: `pil`; `np` or None, (B, H, W, C) float32 in [0, 1]; or `pt`,
+                (B, C, H, W).
             return_dict: False returns (images,).
             class_labels: For a class-conditional network: one class for all images, or one each,
                 (B,); a number, or a name if the scheduler's configuration has them.
@@ -295,8 +308,14 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         ours = isinstance(self.scheduler, DDPMScheduler)
         ancestral = ours and eta is None and solver_order == 1
         calibrated = ours and self.scheduler.analytic is not None
-        by_type = ancestral and not (calibrated if analytic is None else analytic)
-        self._set_timesteps(num_inference_steps, device, by_type=by_type)
+        optimal = calibrated and ancestral if analytic is None else analytic
+        # Optimal timesteps are so for the optimal variance, a step by one prediction.
+        self._set_timesteps(
+            num_inference_steps,
+            device,
+            by_type=ancestral and not optimal,
+            optimal=bool(optimal) and solver_order == 1,
+        )
         x_t = (
             self._draw(shape, generator, device) if latents is None else latents.float().to(device)
         )
@@ -594,7 +613,14 @@ class DDPMPipeline(diffusers.DDPMPipeline):
                 f"pass one class for all images or one each: got {len(class_labels)} class_labels "
                 f"for batch_size={batch_size}"
             )
-        numbers = [names.index(label) if label in names else label for label in class_labels]
+        numbers = [
+            names.index(label)
+            if label in names
+            else int(label)
+            if isinstance(label, str) and label.isdecimal()
+            else label
+            for label in class_labels
+        ]
         for number in numbers:
             if not (isinstance(number, Integral) and 0 <= number < num_embeds):
                 raise InputError(f"class_labels must be {choices}; got {number!r}")
@@ -619,18 +645,27 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         return randn_tensor(shape, generator, where, torch.float32).to(device)
 
     def _set_timesteps(
-        self, num_inference_steps: int, device: torch.device, *, by_type: bool
+        self, num_inference_steps: int, device: torch.device, *, by_type: bool, optimal: bool
     ) -> None:
         """Set the timesteps; warn where they start well below the noise that sampling starts at.
 
         by_type: The variance of each step is what `variance_type` says.
+        optimal: Take the optimal timesteps, where they are stored for that many.
         """
         config = self.scheduler.config
         trained = config.num_train_timesteps
         _check_whole("num_inference_steps", num_inference_steps, 1, trained)
         if isinstance(self.scheduler, diffusers.PNDMScheduler) and num_inference_steps < 4:
             raise InputError(f"PNDM needs num_inference_steps >= 4; got {num_inference_steps}")
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if isinstance(self.scheduler, diffusers.PNDMScheduler) and (
+            config.prediction_type not in ("epsilon", "v_prediction")
+        ):
+            raise InputError(
+                "PNDM needs a network that predicts epsilon or v; this one's prediction_type is "
+                f"{config.prediction_type!r}: use DDIM or another solver"
+            )
+        choice = {"optimal": optimal} if isinstance(self.scheduler, DDPMScheduler) else {}
+        self.scheduler.set_timesteps(num_inference_steps, device=device, **choice)
         fractional = self.scheduler.timesteps.is_floating_point()
         if fractional and self.unet.config.time_embedding_type == "learned":
             raise InputError(
@@ -656,8 +691,16 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             )
 
 
+def _forget_where_it_was(folder: Path) -> None:
+    """Take the path that diffusers notes out of a saved pipeline: it concerns this machine only."""
+    for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+        config = json.loads((folder / name).read_text())
+        if config.pop("_name_or_path", None) is not None:
+            write_text(folder / name, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def _check_output_type(output_type: str | None) -> None:
-    if output_type not in OUTPUT_TYPES:
+    if output_type is not None and output_type not in OUTPUT_TYPES:
         raise ValueError(
             f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}"
         )

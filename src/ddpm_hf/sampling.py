@@ -28,6 +28,10 @@ package's).
 """
 
 
+ARRAYS = (".npy", ".npz")
+"""Endings of an output that is one file."""
+
+
 def load_pipeline(repo_or_folder: str, scheduler: str | None = None) -> DDPMPipeline:
     """A pipeline from the Hub or a folder, on the fastest device, with the named scheduler.
 
@@ -124,7 +128,7 @@ def sample_to(
     _check(pipe, output, num_images, batch_size, seed, num_inference_steps, grid)
     channels, height, width = pipe.image_shape
     shape = (num_images, height, width) if channels == 1 else (num_images, height, width, channels)
-    writer = None if output is None else _Writer(Path(output), shape)
+    writer = None
     shown: list[Image.Image] = []
     pipe.set_progress_bar_config(disable=True)
     with tqdm(total=num_images, unit="image", desc="Sampling") as bar:
@@ -142,7 +146,9 @@ def sample_to(
         ):
             images = images[..., 0] if channels == 1 else images
             shown += [Image.fromarray(image) for image in images[: 64 - len(shown)]]
-            if writer:
+            if output is not None:
+                # Only now: what the pipeline refuses leaves nothing behind.
+                writer = writer or _Writer(Path(output), shape)
                 writer.write(images)
             bar.update(len(images))
     if writer:
@@ -168,9 +174,11 @@ def _check(pipe, output, num_images, batch_size, seed, num_inference_steps, grid
     for path in (output, grid):
         if path is None or not Path(path).exists():
             continue
-        if not (path is output and Path(path).is_dir() and not any(Path(path).iterdir())):
+        a_folder = path is output and Path(path).suffix not in ARRAYS and Path(path).is_dir()
+        if not a_folder or any(Path(path).iterdir()):
             raise InputError(f"{path} exists already: name another file or an empty folder")
-    if grid is not None and Path(grid).suffix.lower() not in Image.registered_extensions():
+    kinds = Image.registered_extensions()  # what Pillow reads, some of which it writes
+    if grid is not None and kinds.get(Path(grid).suffix.lower()) not in Image.SAVE:
         raise InputError(f"grid must end like a picture, for example .png; got {str(grid)!r}")
 
 
@@ -180,7 +188,7 @@ class _Writer:
     def __init__(self, output: Path, shape: tuple[int, ...]) -> None:
         self.output, self.done, self.array = output, 0, None
         self.digits = len(str(shape[0] - 1))
-        if output.suffix not in (".npy", ".npz"):
+        if output.suffix not in ARRAYS:
             output.mkdir(parents=True, exist_ok=True)
             return
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -534,10 +534,13 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
+        *,
+        optimal: bool = True,
     ) -> None:
         """Choose the sub-chain to sample: as many timesteps as asked for, or the list given.
 
-        Of a calibrated model these are the optimal timesteps, where they are stored for that many.
+        Of a calibrated model these are the optimal timesteps, where they are stored for that many,
+        unless `optimal` is False.
 
         Raises:
             ValueError: neither or both are given, or they do not fit into the T trained timesteps.
@@ -551,7 +554,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
                 f"timesteps must be a descending list of timesteps >= 0; got {timesteps}"
             )
         stored = (self.analytic or {}).get("timesteps", {}).get(str(num_inference_steps))
-        if stored is not None:
+        if optimal and stored is not None:
             num_inference_steps, timesteps = None, stored
         super().set_timesteps(num_inference_steps, device, timesteps)
         # Stock walks down by a float stride, whose rounding yields one timestep too many for some

@@ -101,9 +101,15 @@ def convert(
     checkpoint = read_checkpoint(file, weights)
     network = _read(checkpoint.weights, given, family, file)
     pipe = _pipeline(network)
-    partial = output.with_name(f".{output.name}.partial")
+    place = output.absolute()
+    partial = place.with_name(f".{place.name}.partial")
     pipe.save_pretrained(partial)
-    partial.replace(output)
+    if place.is_dir():  # it may be the current one, which is not to be another's afterwards
+        for path in partial.iterdir():
+            path.replace(place / path.name)
+        partial.rmdir()
+    else:
+        partial.replace(place)
     rest = {name: value for name, value in network.settings.items() if name not in given}
     return Converted(
         network.family,
