@@ -35,7 +35,9 @@ from ddpm_hf.scheduler import DDPMScheduler
 SCHEDULES = ("linear", "cosine", "sigmoid", "laplace")
 STEPS = 25
 """Of the short chain whose variances are drawn."""
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "sampling.json"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+MEASURED = {"2,000 images": "sampling.json", "500 images": "sampling-500.json"}
+"""FD of so many images: of other numbers it is another."""
 SAMPLERS = {
     "fixed_large": "ancestral, fixed_large",
     "fixed_small": "ancestral, fixed_small",
@@ -218,20 +220,25 @@ def reconstructions(path: Path, pipe: DDPMPipeline) -> None:
 
 def samplers(path: Path) -> None:
     """FD by sampler and number of steps, as benchmarks/sampling.py measured them."""
-    measured = json.loads(RESULTS.read_text())["rows"]
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
-    axes = figure.subplots()
-    for name, label in SAMPLERS.items():
-        rows = [row for row in measured if (row["sampler"], row["timesteps"]) == (name, "uniform")]
-        rows.sort(key=lambda row: row["steps"])
-        axes.plot([r["steps"] for r in rows], [r["fd"] for r in rows], marker=".", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="network evaluations an image", ylabel="FD")
-    steps, levels = sorted({row["steps"] for row in measured}), (1, 2, 5, 10, 20)
-    axes.set_xticks(steps, map(str, steps))
-    axes.set_yticks(levels, map(str, levels))
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8)
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(MEASURED), sharey=True)
+    for axes, (of, file) in zip(panels, MEASURED.items(), strict=True):
+        measured = [
+            row
+            for row in json.loads((RESULTS / file).read_text())["rows"]
+            if row["timesteps"] == "uniform"
+        ]
+        for name, label in SAMPLERS.items():
+            rows = sorted((r["steps"], r["fd"]) for r in measured if r["sampler"] == name)
+            axes.plot(*zip(*rows, strict=True), marker=".", label=label)
+        axes.set(xscale="log", yscale="log", xlabel="network evaluations an image", title=of)
+        steps, levels = sorted({row["steps"] for row in measured}), (1, 2, 5, 10, 20)
+        axes.set_xticks(steps, map(str, steps))
+        axes.set_yticks(levels, map(str, levels))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("FD")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
