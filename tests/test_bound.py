@@ -143,7 +143,7 @@ def test_rgb_and_rectangular_images(tmp_path):
 # Calibration
 
 
-def test_calibrate_in_place_and_sample_by_it(model, grey, tmp_path, capsys):
+def test_calibrate_in_place_and_sample_by_it(model, grey, tmp_path, capsys, monkeypatch):
     before = sorted(path for path in (tmp_path / "model").rglob("*"))
     words = ["calibrate", model, "--dataset_name", str(grey.parent), "--split", "test"]
     assert main([*words, "--timesteps", "40", "--steps", "5", "10"]) == 0
@@ -164,6 +164,10 @@ def test_calibrate_in_place_and_sample_by_it(model, grey, tmp_path, capsys):
     exec("\n".join(lines), {"pipe": stock})
     stock(1, num_inference_steps=3)
     assert stock.scheduler.timesteps.tolist() == list(stored["timesteps"]["10"])
+    monkeypatch.chdir(tmp_path)
+    _, command = said.strip().splitlines()[-1].split("ddpm-hf ")
+    assert main(command.split()) == 0
+    assert (tmp_path / "grid.png").is_file()
 
 
 def test_calibrate_into_another_folder_leaves_the_first(model, grey, tmp_path):

@@ -175,6 +175,10 @@ def calibrate_command(argv: list[str]) -> Any:
         for count, chain in result.timesteps.items():
             print(f"Optimal timesteps for {count} steps, in plain diffusers too by these lines:")
             print(stock_timesteps(chain))
+        print(
+            "Fewer steps than trained now take the optimal variance. Ten look best so: ddpm-hf "
+            f"sample {result.output_dir} --solver_order 2 --num_inference_steps 10 --grid grid.png"
+        )
     return result
 
 
