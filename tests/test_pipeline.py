@@ -12,7 +12,7 @@ from PIL import Image
 from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler
 from ddpm_hf.calibration import Estimate, store
 from ddpm_hf.errors import InputError
-from ddpm_hf.pipeline import image_grid, save_image_grid
+from ddpm_hf.pictures import image_grid, save_image_grid
 
 from .conftest import SWAPS
 

@@ -37,6 +37,8 @@ ORDER = [
     "calibration",
     "inversion",
     "multistep",
+    "pictures",
+    "arguments",
     "pipeline",
     "optimization",
     "sampling",

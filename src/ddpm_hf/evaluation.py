@@ -31,7 +31,8 @@ from .devices import on_main
 from .errors import InputError
 from .inversion import noise_of_timestep
 from .likelihood import BoundSums, RateDistortion, Strata, noise_for, rate_distortion, vlb_terms
-from .pipeline import DDPMPipeline, save_image_grid
+from .pictures import save_image_grid
+from .pipeline import DDPMPipeline
 from .results import Result, add_results, read_record, read_results
 from .run import in_turn
 from .sources import find_held_out_split

@@ -20,7 +20,8 @@ from .functional import mix_seed
 from .hub import Pushed
 from .logbook import LossWindow, loss_by_bucket, save_loss_curve
 from .losses import simple_loss
-from .pipeline import DDPMPipeline, save_image_grid, seeded_generators
+from .pictures import save_image_grid
+from .pipeline import DDPMPipeline, seeded_generators
 from .publishing import finish_pushes, publish_pipeline
 from .results import Result, TrainingRecord, add_results, read_results, write_record
 from .resuming import of_main, stop

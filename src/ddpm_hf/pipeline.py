@@ -1,10 +1,9 @@
-"""DDPMPipeline: one denoising loop for every diffusers scheduler, and pictures of what it makes."""
+"""DDPMPipeline: one denoising loop for every diffusers scheduler."""
 
 import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Self
@@ -18,6 +17,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from .arguments import (
+    ClassLabels,
+    check_generators,
+    check_latents,
+    check_output_type,
+    check_variance,
+    check_whole,
+    class_numbers,
+)
 from .checkpoint import write_text
 from .errors import InputError
 from .functional import like, mix_seed
@@ -39,11 +47,6 @@ from .scheduler import DDPMScheduler
 from .uploads import freeze
 
 logger = logging.get_logger(__name__)
-
-ClassLabels = int | str | list[int | str] | Tensor
-"""One class for all images, or one each, (B,): numbers or names."""
-
-OUTPUT_TYPES = ("pil", "np", "numpy", "pt")
 
 
 def seeded_generators(seed: int, numbers: Iterable[int]) -> list[torch.Generator]:
@@ -247,7 +250,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             InputError: batch_size < 1, num_inference_steps out of range, a list of generators of
                 another length; classes, latents, eta, analytic or solver_order that do not fit.
         """
-        _check_output_type(output_type)
+        check_output_type(output_type)
         steps = self.denoise(
             batch_size,
             generator=generator,
@@ -298,13 +301,13 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             InputError: batch_size < 1, num_inference_steps out of range, a list of generators of
                 another length; classes, latents, eta, analytic or solver_order that do not fit.
         """
-        _check_whole("batch_size", batch_size)
-        _check_generators(generator, "batch_size", batch_size)
-        self._check_variance(eta, analytic, solver_order)
+        check_whole("batch_size", batch_size)
+        check_generators(generator, "batch_size", batch_size)
+        check_variance(self.scheduler, eta, analytic, solver_order)
         device, shape = self._execution_device, (batch_size, *self.image_shape)
         labels = self._class_numbers(class_labels, batch_size, guidance_scale, device)
         if latents is not None:
-            self._check_latents(latents, batch_size)
+            check_latents(latents, self.image_shape, batch_size)
         ours = isinstance(self.scheduler, DDPMScheduler)
         ancestral = ours and eta is None and solver_order == 1
         calibrated = ours and self.scheduler.analytic is not None
@@ -366,24 +369,6 @@ class DDPMPipeline(diffusers.DDPMPipeline):
                 x_t = scheduler.step(answer, t, x_t, **options).prev_sample
             yield DenoisingStep(t.item(), x_t, x_0_hat)
 
-    def _check_variance(self, eta: float | None, analytic: bool | None, solver_order: int) -> None:
-        """Raise InputError for an eta, a calibrated variance or an order that there cannot be."""
-        if solver_order not in (1, 2):
-            raise InputError(f"solver_order must be 1 or 2; got {solver_order!r}")
-        asked = eta is not None or analytic is not None or solver_order != 1
-        if asked and not isinstance(self.scheduler, DDPMScheduler):
-            raise InputError(
-                "eta, analytic and solver_order belong to this package's scheduler; the pipeline's "
-                f"is {type(self.scheduler).__name__}: leave them out, or set pipe.scheduler = "
-                "ddpm_hf.DDPMScheduler.from_config(pipe.scheduler.config)"
-            )
-        if eta is not None and not 0 <= eta <= 1:
-            raise InputError(f"eta must be between 0 (DDIM) and 1 (DDPM); got {eta}")
-        if solver_order == 2 and eta:
-            raise InputError(f"solver_order=2 is of DDIM, eta=0; got eta={eta}")
-        if analytic and self.scheduler.analytic is None:
-            raise InputError("analytic needs a calibrated model: run `ddpm-hf calibrate` first")
-
     # From images back
 
     @torch.no_grad()
@@ -416,7 +401,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         Raises:
             InputError: images that do not fit the network or their range, or a bad number.
         """
-        _check_whole("iterations", iterations)
+        check_whole("iterations", iterations)
         x_0 = read_images(images, self.image_shape).to(self._execution_device)
         timesteps = self._even_timesteps(num_inference_steps)
         labels = self._class_numbers(class_labels, len(x_0), 1.0, x_0.device)
@@ -439,7 +424,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         Raises:
             InputError: latents of another shape, or not finite, or a bad number.
         """
-        self._check_latents(latents)
+        check_latents(latents, self.image_shape)
         process, timesteps = self.process, self._even_timesteps(num_inference_steps)
         x = latents.float().to(self._execution_device)
         predict = self._predictor(self._class_numbers(class_labels, len(x), 1.0, x.device))
@@ -483,11 +468,11 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             InputError: an image that does not fit the network or its range, noise beyond what it
                 knows, a bad number, or a list of generators of another length.
         """
-        _check_output_type(output_type)
+        check_output_type(output_type)
         process = self.process
-        _check_whole("num_images", num_images)
-        _check_whole("num_inference_steps", num_inference_steps, 1, len(process.beta))
-        _check_generators(generator, "num_images", num_images)
+        check_whole("num_images", num_images)
+        check_whole("num_inference_steps", num_inference_steps, 1, len(process.beta))
+        check_generators(generator, "num_images", num_images)
         t = None if noise_level is None else timestep_of_noise(process, noise_level)
         y = read_noisy_image(image, self.image_shape, noise_level).to(self._execution_device)
         labels = self._class_numbers(class_label, num_images, 1.0, y.device)
@@ -531,22 +516,9 @@ class DDPMPipeline(diffusers.DDPMPipeline):
     def _even_timesteps(self, num_inference_steps: int) -> list[int]:
         """Evenly spaced timesteps from T - 1 to 0, descending. Raises InputError."""
         trained = self.scheduler.config.num_train_timesteps
-        _check_whole("num_inference_steps", num_inference_steps, 2, trained)
+        check_whole("num_inference_steps", num_inference_steps, 2, trained)
         chain = torch.linspace(trained - 1, 0, num_inference_steps, dtype=torch.float64)
         return chain.round().long().tolist()
-
-    def _check_latents(self, latents: Tensor, batch_size: int | None = None) -> None:
-        """Raise InputError unless latents are finite noise, of so many images or of any number."""
-        if not isinstance(latents, Tensor) or not latents.is_floating_point():
-            of = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
-            raise InputError(f"latents must be a float tensor, as encode gives; got {of}")
-        shape, number = tuple(latents.shape), batch_size or "B"
-        if shape[1:] != self.image_shape or not shape[0] or batch_size not in (None, shape[0]):
-            wanted = ", ".join(map(str, (number, *self.image_shape)))
-            more = "" if batch_size else ", B at least 1"
-            raise InputError(f"latents must have the shape ({wanted}){more}; got {shape}")
-        if not bool(latents.isfinite().all()):
-            raise InputError("latents must be finite; got NaN or infinity among them")
 
     # The network, and what belongs to a call
 
@@ -586,45 +558,15 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         device: torch.device,
     ) -> Tensor | None:
         """Classes as numbers, (B,); None for an unconditional network. Raises InputError."""
-        num_embeds = self.unet.config.num_class_embeds
-        if num_embeds is None:
-            if class_labels is not None or guidance_scale != 1:
-                raise InputError(
-                    "this network is unconditional: leave out class_labels and guidance_scale"
-                )
-            return None
-        has_null = self.num_classes < num_embeds
-        if guidance_scale != 1 and not has_null:
-            raise InputError(
-                "this network was trained without a null class, which guidance needs: leave out "
-                f"guidance_scale; got {guidance_scale}"
-            )
-        names = self.scheduler.config.get("_ddpm_hf", {}).get("class_names", [])
-        null = " (the last, the null class, is any class)" if has_null else ""
-        choices = f"0 to {num_embeds - 1}{null}" + (f" or names like {names[0]!r}" if names else "")
-        if class_labels is None:
-            raise InputError(f"this network is class-conditional: pass class_labels, {choices}")
-        if isinstance(class_labels, (Tensor, np.ndarray)):
-            class_labels = class_labels.tolist()
-        if isinstance(class_labels, (Integral, str)):
-            class_labels = [class_labels] * batch_size
-        if len(class_labels) != batch_size:
-            raise InputError(
-                f"pass one class for all images or one each: got {len(class_labels)} class_labels "
-                f"for batch_size={batch_size}"
-            )
-        numbers = [
-            names.index(label)
-            if label in names
-            else int(label)
-            if isinstance(label, str) and label.isdecimal()
-            else label
-            for label in class_labels
-        ]
-        for number in numbers:
-            if not (isinstance(number, Integral) and 0 <= number < num_embeds):
-                raise InputError(f"class_labels must be {choices}; got {number!r}")
-        return torch.tensor(numbers, device=device)
+        numbers = class_numbers(
+            class_labels,
+            batch_size,
+            guidance_scale,
+            num_embeds=self.unet.config.num_class_embeds,
+            num_classes=self.num_classes,
+            names=self.scheduler.config.get("_ddpm_hf", {}).get("class_names", []),
+        )
+        return None if numbers is None else torch.tensor(numbers, device=device)
 
     @property
     def process(self) -> DDPMScheduler:
@@ -654,7 +596,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         """
         config = self.scheduler.config
         trained = config.num_train_timesteps
-        _check_whole("num_inference_steps", num_inference_steps, 1, trained)
+        check_whole("num_inference_steps", num_inference_steps, 1, trained)
         if isinstance(self.scheduler, diffusers.PNDMScheduler) and num_inference_steps < 4:
             raise InputError(f"PNDM needs num_inference_steps >= 4; got {num_inference_steps}")
         if isinstance(self.scheduler, diffusers.PNDMScheduler) and (
@@ -697,57 +639,3 @@ def _forget_where_it_was(folder: Path) -> None:
         config = json.loads((folder / name).read_text())
         if config.pop("_name_or_path", None) is not None:
             write_text(folder / name, json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _check_output_type(output_type: str | None) -> None:
-    if output_type is not None and output_type not in OUTPUT_TYPES:
-        raise ValueError(
-            f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}"
-        )
-
-
-def _check_whole(name: str, value: object, least: int = 1, most: int | None = None) -> None:
-    """Raise InputError unless a value is a whole number from `least` to `most`."""
-    if not isinstance(value, Integral) or value < least or (most is not None and value > most):
-        rule = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise InputError(f"{name} must be a whole number {rule}; got {value!r}")
-
-
-def _check_generators(generator: object, name: str, number: int) -> None:
-    """Raise InputError for a list of generators that is not one for each image."""
-    if isinstance(generator, list) and len(generator) != number:
-        raise InputError(f"pass one generator per image: got {len(generator)} for {name}={number}")
-
-
-def image_grid(images: list[Image.Image], columns: int | None = None) -> Image.Image:
-    """Images of one size side by side on white; small ones enlarged to at least 56 pixels.
-
-    As many columns as rows, or as asked for.
-    """
-    columns = columns or int(np.ceil(len(images) ** 0.5))
-    width, height = images[0].size
-    zoom = max(1, -(-56 // max(width, height)))
-    cell_w, cell_h = width * zoom + 2, height * zoom + 2
-    mode = images[0].mode if images[0].mode == "L" else "RGB"
-    grid = Image.new(mode, (columns * cell_w + 2, -(-len(images) // columns) * cell_h + 2), "white")
-    for k, image in enumerate(images):
-        tile = image.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-        grid.paste(tile, (k % columns * cell_w + 2, k // columns * cell_h + 2))
-    return grid
-
-
-def save_image_grid(images: Any, path: str | Path, columns: int | None = None) -> Path:
-    """Save images as one picture; a file name's ending chooses the format.
-
-    Args:
-        images: PIL images, or a tensor (B, C, H, W) in [-1, 1].
-        path: The file; its folder is made.
-        columns: Images in a row; as many as rows when not given.
-    """
-    if isinstance(images, Tensor):
-        pixels = ((images.float() / 2 + 0.5).clamp(0, 1)).permute(0, 2, 3, 1).cpu().numpy()
-        images = diffusers.DDPMPipeline.numpy_to_pil(pixels)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(images, columns).save(path)
-    return path

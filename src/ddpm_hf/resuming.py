@@ -39,7 +39,7 @@ from .devices import on_main
 from .ema import drop_snapshots, save_snapshot
 from .errors import InputError, Stopped, TrainingError
 from .origin import KEPT, keep_origin
-from .pipeline import save_image_grid
+from .pictures import save_image_grid
 from .publishing import finish_pushes, publish_checkpoint
 from .run import Run, starts_afresh
 from .stopping import UpdateGuard

@@ -11,7 +11,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .errors import InputError, check_choice
-from .pipeline import DDPMPipeline, save_image_grid, seeded_generators
+from .pictures import save_image_grid
+from .pipeline import DDPMPipeline, seeded_generators
 from .scheduler import DDPMScheduler
 
 SCHEDULERS = {
