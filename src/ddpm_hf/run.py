@@ -468,11 +468,10 @@ def open_images(
 def build_network(config: TrainingConfig, images: ImageSet | StreamedImages) -> UNet2DModel:
     """The network that the settings and the images ask for."""
     kept = config.run_dir / KEPT  # of an origin that may be gone
+    goes_on = config.init_from and kept.is_dir() and not starts_afresh(config)
     return build_unet(
         config.preset,
-        model_config=str(kept)
-        if config.init_from and kept.is_dir()
-        else config.model_config_name_or_path,
+        model_config=str(kept) if goes_on else config.model_config_name_or_path,
         resolution=config.image_size,
         image_channels=images.channels,
         dropout=config.dropout,
@@ -487,10 +486,17 @@ def start_weights(
     """The weights of the pipeline to start from; None where the seed's or a checkpoint's count.
 
     Raises:
-        InputError: the process that the settings name is not the one that they were trained with.
+        InputError: the process that the settings name is not the one that they were trained with,
+            or the folder to be deleted is that of the pipeline itself.
     """
-    if not config.init_from or list_checkpoints(config.run_dir):
+    afresh = starts_afresh(config)
+    if not config.init_from or (list_checkpoints(config.run_dir) and not afresh):
         return None
+    if afresh and Path(config.init_from).resolve() == config.run_dir.resolve():
+        raise InputError(
+            f"overwrite_output_dir would delete the model that training starts from, in "
+            f"{config.init_from}: name another --output_dir"
+        )
     origin = in_turn(processes, partial(DDPMPipeline.from_pretrained, config.init_from))
     theirs, ours = DDPMScheduler.from_config(origin.scheduler.config), scheduler
     words = ("prediction_type", "num_train_timesteps")
