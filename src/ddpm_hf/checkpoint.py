@@ -2,10 +2,12 @@
 
 What exact resume means here. Parameters, averages, optimiser and learning-rate state are in the
 checkpoint; everything random is a function of (seed, position), and dropout of (seed, step, rank),
-so the only random state is the step number. A run continued from step k on the same machine and
-process count is bit-equal to one that never stopped, and starts at once: no image is decoded to be
-skipped. On another process count the global batch stays, and with it the images, crops, flips,
-timesteps and noise; parameters then differ by the order of summation, and by dropout's masks.
+so the only random state is the step number. A run continued from step k on the same machine, on one
+process or on two as before, is bit-equal to one that never stopped, and starts at once: no image is
+decoded to be skipped. Three or more sum their gradients in the order of DDP's buckets, which the
+first step of a start has otherwise: equal up to the order of summation. On another process count
+the global batch stays, and with it the images, crops, flips, timesteps and noise; parameters then
+differ by the order of summation, and by dropout's masks.
 
 `checkpoint-<step>` is written under another name, flushed to disk, listed with a checksum per file
 in manifest.json, and then renamed: whoever finds the name finds a whole checkpoint. No pickle is

@@ -24,8 +24,9 @@ from .pipeline import DDPMPipeline, save_image_grid, seeded_generators
 from .publishing import finish_pushes, publish_pipeline
 from .results import Result, TrainingRecord, add_results, read_results, write_record
 from .resuming import of_main, stop
-from .run import Run
+from .run import Run, same_command
 from .scheduler import DDPMScheduler
+from .stopping import explained_failures
 
 HELD_OUT_STREAM = 7
 HELD_OUT_IMAGES = 512
@@ -63,6 +64,7 @@ def save_samples(run: Run, step: int, path: Path) -> None:
 
     Raises:
         Stopped: a signal came; the state is saved, the grid is left out.
+        TrainingError: there is no memory for it.
     """
     count, processes = run.config.eval_batch_size, run.accelerator.num_processes
     share = range(
@@ -78,7 +80,8 @@ def save_samples(run: Run, step: int, path: Path) -> None:
         num_inference_steps=run.config.ddpm_num_inference_steps,
         class_labels=[i % num_classes for i in share] if num_classes else None,
     )
-    with run.accelerator.autocast():
+    no_memory = f"out of memory while sampling {count} images: choose fewer --eval_batch_size"
+    with explained_failures(no_memory, same_command(run.config)), run.accelerator.autocast():
         for denoised in steps:
             images = denoised.x_s
             if reason := run.stop.agreed():

@@ -41,9 +41,10 @@ from .errors import InputError, Stopped, TrainingError
 from .origin import KEPT, keep_origin
 from .pipeline import save_image_grid
 from .publishing import finish_pushes, publish_checkpoint
-from .run import Run, starts_afresh
+from .run import Run, same_command, starts_afresh
 from .stopping import UpdateGuard
 from .streaming import merge_states
+from .uploads import STOP_WAIT
 
 
 def open_folder(run: Run) -> int:
@@ -257,15 +258,15 @@ def stop(run: Run, reason: str, step: int) -> None:
         TrainingError: where the state could not be saved.
     """
     saved = save_checkpoint(run, step)
-    finish_pushes(run)
+    finish_pushes(run, STOP_WAIT)
     run.close()
     if not saved:
         raise TrainingError(
             f"stopped by {reason} after step {step}, whose checkpoint could not be saved"
         )
     run.accelerator.print(
-        f"Stopped by {reason} after step {step} of {run.total_steps}, which is saved: the same "
-        "command again goes on",
+        f"Stopped by {reason} after step {step} of {run.total_steps}, which is saved: "
+        f"{same_command(run.config)} goes on",
         flush=True,
     )
     raise Stopped(reason)

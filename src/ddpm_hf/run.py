@@ -434,6 +434,17 @@ def starts_afresh(config: TrainingConfig) -> bool:
     return config.overwrite_output_dir and not config.resume_from_checkpoint
 
 
+def same_command(config: TrainingConfig) -> str:
+    """How to go on with this run after a stop: which flags of its command would not."""
+    named = config.resume_from_checkpoint not in (None, "", "latest")
+    left_out = {
+        "--overwrite_output_dir": config.overwrite_output_dir and (named or starts_afresh(config)),
+        "--resume_from_checkpoint": named,
+    }
+    words = " and ".join(flag for flag, given in left_out.items() if given)
+    return f"the same command without {words}" if words else "the same command again"
+
+
 def in_turn(processes: PartialState, load: Callable[[], Any]) -> Any:
     """What `load` gives, in one process of a machine first: the others read the cache it leaves.
 
