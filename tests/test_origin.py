@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -200,6 +201,31 @@ def test_a_run_goes_on_when_its_origin_is_gone(trained, tmp_path, monkeypatch):
     assert result.step == 2
     with pytest.raises(InputError, match="cannot start from 'origin-folder'"):
         parse_config(["--from", "origin-folder", "--output_dir", "third"])
+
+
+@pytest.mark.parametrize("name", ["write_text", "rename"])
+def test_a_kill_while_the_origin_is_kept_leaves_a_folder_that_can_be_used(
+    trained, tmp_path, monkeypatch, name
+):
+    settings = dict(
+        output_dir=tmp_path / "run", max_train_steps=1, logger="none", eval_batch_size=1
+    )
+    config = TrainingConfig.from_model(trained, **PINNED, **settings)
+    done = getattr(Path, name)
+
+    def killed(path, *arguments):
+        if "origin" in str(path):
+            raise KeyboardInterrupt
+        return done(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert not (tmp_path / "run" / "origin").exists()
+    assert train(config).step == 1
+    kept = json.loads((tmp_path / "run" / "origin" / "unet" / "config.json").read_text())
+    assert kept == json.loads((trained / "unet" / "config.json").read_text())
 
 
 def test_weights_without_the_recipe_are_refused():

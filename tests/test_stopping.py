@@ -216,7 +216,6 @@ def test_a_signal_does_not_wait_long_for_the_hub(quick_settings, monkeypatch, ca
 
     monkeypatch.setattr(Run, "build", built)
     monkeypatch.setattr("ddpm_hf.resuming.STOP_WAIT", 1.0)
-    monkeypatch.setattr("ddpm_hf.publishing.LAST_WAIT", 60.0)
     with pytest.raises(Stopped):
         train(TrainingConfig(**quick_settings), stopped)
     hang.set()

@@ -33,6 +33,11 @@ from .errors import InputError
 
 CONFIG, METRICS, MANIFEST = "config.json", "metrics.jsonl", "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
+EVALUATED = (
+    "rate_distortion.json", "rate_distortion.png", "reconstructions.png", "shared_latents.png"
+)  # fmt: skip
+"""Files of an evaluation, beside its rows in results.json: they name no step of the model."""
+
 FORMAT = 1
 """Of a checkpoint; a newer one is refused."""
 
@@ -397,7 +402,7 @@ def clear_run(directory: Path) -> None:
     for name in folders:
         shutil.rmtree(directory / name, ignore_errors=True)
     made = ("model_index.json", "README.md", "loss_curve.png", "results.json", "training.json")
-    for name in (*made, METRICS, CONFIG):
+    for name in (*made, *EVALUATED, METRICS, CONFIG):
         (directory / name).unlink(missing_ok=True)
 
 

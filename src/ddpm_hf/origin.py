@@ -74,10 +74,12 @@ def keep_origin(name: str, run_dir: Path) -> None:
         InputError: as `read_origin`.
         OSError: it could not be written.
     """
+    partial_folder = run_dir / f".{KEPT}.partial"  # what a kill leaves, a run clears
     for file, found in read_origin(name).items():
-        path = run_dir / KEPT / file
+        path = partial_folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=2) + "\n")
+    partial_folder.rename(run_dir / KEPT)
 
 
 def find_kept_origin(

@@ -102,9 +102,10 @@ def tidy_folder(run: Run, step: int, settings: dict[str, Any]) -> None:
     clear_leftovers(run.directory)
     for average in run.power_averages:
         drop_snapshots(run.directory, average.optimization_step)
+    # First what says that the folder is a run's: without it a start after a kill is refused.
+    write_text(run.directory / CONFIG, json.dumps(settings, indent=2) + "\n")
     if run.config.init_from and not (run.directory / KEPT).is_dir():
         keep_origin(run.config.init_from, run.directory)
-    write_text(run.directory / CONFIG, json.dumps(settings, indent=2) + "\n")
     if step == 0:
         # The rows of this process: a stream opens the lanes of what is drawn.
         batch = to_network(run.stream.batch(0, slice(min(64, run.plan.per_device))).images)
@@ -258,6 +259,8 @@ def stop(run: Run, reason: str, step: int) -> None:
         TrainingError: where the state could not be saved.
     """
     saved = save_checkpoint(run, step)
+    if run.config.streaming:
+        run.report_faults()
     finish_pushes(run, STOP_WAIT)
     run.close()
     if not saved:

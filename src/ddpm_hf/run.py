@@ -40,7 +40,7 @@ from .devices import (
     start_processes,
     wants_fsdp,
 )
-from .ema import Average, build_ema, build_power_averages, ema_warning
+from .ema import Average, build_ema, build_power_averages, check_updates, ema_warning
 from .errors import InputError
 from .functional import mix_seed
 from .logbook import Logbook
@@ -131,6 +131,7 @@ class Run:
             config.num_epochs * len(images) / plan.global_batch_size
         )
 
+        check_updates(config, total_steps)
         process = {name: getattr(config, name) for name in DEFAULT_PROCESS}
         scheduler = build_scheduler(config.preset, class_names=images.class_names, **process)
         weights = start_weights(config, processes, scheduler)
@@ -202,8 +203,16 @@ class Run:
             )
 
     def report_faults(self) -> None:
-        """Name the images that were left out: before training, or of a stream at its end."""
+        """Name the images that were left out: before training, or of a stream at its end.
+
+        All processes ask together.
+        """
         faults, say = self.stream.images.faults, self.accelerator.print
+        if self.config.streaming:  # each process met those of its own lanes
+            met: dict[tuple[int, int], str] = {}
+            for corrupt in gather_object([self.stream.images.corrupt]):
+                met |= corrupt
+            faults = [met[place] for place in sorted(met)]
         for fault in faults:
             say(f"Skipped an image that cannot be decoded: {fault}")
         if faults:
