@@ -231,7 +231,9 @@ class TrainingConfig:
     num_epochs: int = arg(
         100, "Passes over the images; without effect when --max_train_steps is given."
     )
-    max_train_steps: int | None = arg(None, "Optimiser steps; overrides --num_epochs.")
+    max_train_steps: int | None = arg(
+        None, "Optimiser steps; overrides --num_epochs, which overrides those of a recipe."
+    )
     optimizer: Literal["adam", "adamw", "muon"] = arg(
         "muon",
         "adam, adamw, or muon: orthogonalised momentum on the convolutions, AdamW on the rest.",

@@ -329,13 +329,9 @@ def decode_all(source: datasets.Dataset, config: TrainingConfig) -> ImageSet:
     function = row_decoder(source.features, config, label_column)
     column = function.keywords["column"]
     kinds = dict(
-        pixels="large_binary",
-        height="int32",
-        width="int32",
-        channels="int8",
-        deep="int8",
+        pixels="large_binary", height="int32", width="int32", channels="int8", deep="int8",
         fault="string",
-    )
+    )  # fmt: skip
     if label_column:
         kinds["label"] = "int64"
     height, width = config.image_size
