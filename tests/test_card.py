@@ -110,6 +110,16 @@ def test_numbers_of_older_weights_are_not_shown(tmp_path):
     assert "before" not in card.text
 
 
+def test_the_picture_of_an_evaluation_is_shown_with_its_numbers_only(tmp_path):
+    folder = make_folder(tmp_path / "run")
+    (folder / "rate_distortion.png").touch()
+    row = dict(unit="u", dataset="d", split="s", num_images=1, protocol="p", seed=0)
+    add_results(folder, [Result("rate", 1.0, step=500, **row), Result("x", 1.0, step=1000, **row)])
+    assert "rate_distortion.png" not in render_card(folder)
+    add_results(folder, [Result("rate", 1.0, step=1000, **row)])
+    assert "rate_distortion.png" in render_card(folder)
+
+
 def test_settings_from_elsewhere_are_text(tmp_path):
     folder = make_folder(tmp_path / "run", raw={"optimizer": "<b>x</b> | [y](http://z)"})
     assert r"\<b\>x\</b\> \| \[y\](http\://z), learning rate" in render_card(folder)

@@ -273,6 +273,8 @@ def test_clearing_a_run_leaves_what_is_not_its_own(tmp_path):
     for name in ("unet", "scheduler", "samples", "logs", "mine"):
         (folder / name).mkdir()
     (folder / "notes.txt").write_text("dear")
+    for name in ck.EVALUATED:
+        (folder / name).touch()
     ck.clear_run(folder)
     assert sorted(os.listdir(folder)) == ["mine", "notes.txt"]
     ck.clear_run(tmp_path / "none")

@@ -280,3 +280,37 @@ def test_flags_of_the_diffusers_script_with_another_effect_are_explained_in_a_li
     ]  # fmt: skip
     assert "hf_secret" not in "".join(lines) + str(asdict(config))
     assert parse_command(["--dataset_name", "x"])[1].explain(config) == lines[-3:]
+
+
+@pytest.mark.parametrize(
+    ("argv", "epochs", "steps"),
+    [
+        (["--recipe", "cifar10", "--num_epochs", "1"], 1, None),
+        (["--num_epochs=2"], 2, None),
+        (["--recipe", "cifar10", "--num-epochs", "1", "--max_train_steps", "7"], 1, 7),
+        (["--recipe", "cifar10"], 100, 800_000),
+    ],
+)
+def test_epochs_that_are_asked_for_win_over_the_steps_of_a_recipe(argv, epochs, steps):
+    config = parse_config(argv)
+    assert (config.num_epochs, config.max_train_steps) == (epochs, steps)
+
+
+def test_epochs_of_a_stream_are_refused_whatever_the_recipe():
+    with pytest.raises(InputError, match="streaming does not know how long an epoch is"):
+        TrainingConfig.from_recipe("cifar10", streaming=True, num_epochs=1)
+
+
+def test_a_learning_rate_that_muon_does_not_take_is_said():
+    """As in the commands of diffusers' README."""
+    words = ["--dataset_name", "x", "--learning_rate=1e-4", "--adam_beta1", "0.95"]
+    config, command = parse_command(words)
+    assert command.explain(config) == [
+        "--learning_rate, --adam_beta1: not for the hidden convolutions, which Muon trains with "
+        "--muon_learning_rate 0.02; --optimizer adamw is diffusers' optimiser for all"
+    ]
+    for more in (["--optimizer", "muon"], ["--muon_learning_rate=0.01"], ["--optimizer=adamw"]):
+        config, command = parse_command([*words, *more])
+        assert command.explain(config) == []
+    config, command = parse_command(["--recipe", "cifar10", "--learning_rate", "1e-4"])
+    assert command.explain(config) == []

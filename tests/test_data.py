@@ -114,6 +114,58 @@ def test_a_saved_dataset_folder(tmp_path, split):
     assert len(load_images(config)) == {"train": 2, "validation": 5}[split]
 
 
+def numbers_of(folder, **settings):
+    """The grey values of a saved set, each image one value."""
+    images = load_images(TrainingConfig(dataset_name=str(folder), resolution="8", **settings))
+    return [int(images.pixels(i)[0, 0, 0]) for i in range(len(images))]
+
+
+def saved_part(values, **options):
+    pictures = [Image.fromarray(np.full((8, 8), i, np.uint8)) for i in values]
+    features = datasets.Features(image=datasets.Image())
+    return datasets.Dataset.from_dict({"image": pictures}, features=features, **options)
+
+
+def test_splits_of_a_saved_set_without_splits(tmp_path):
+    saved_part(range(8)).save_to_disk(tmp_path / "nameless")
+    saved_part(range(8), split="test").save_to_disk(tmp_path / "named")
+    assert numbers_of(tmp_path / "nameless") == list(range(8))
+    assert numbers_of(tmp_path / "nameless", split="train[:3]") == [0, 1, 2]
+    assert numbers_of(tmp_path / "named", split="test[50%:]+test[:1]") == [4, 5, 6, 7, 0]
+    assert numbers_of(tmp_path / "named", split="train") == list(range(8))  # the default
+    with pytest.raises(InputError, match="Unknown split .validation.. Should be one of"):
+        numbers_of(tmp_path / "named", split="validation")
+
+
+def test_slices_of_saved_splits(tmp_path):
+    parts = {"train": saved_part(range(4)), "test": saved_part([8, 9])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
+    assert numbers_of(tmp_path / "set", split="train[1:3]+test") == [1, 2, 8, 9]
+    with pytest.raises(InputError, match="Unknown split .dev.. Should be one of ..train., .test."):
+        numbers_of(tmp_path / "set", split="dev")
+
+
+def test_what_is_decoded_of_a_saved_set_is_not_put_beside_it(tmp_path, monkeypatch):
+    saved_part(range(4)).save_to_disk(tmp_path / "set")
+    before = sorted((tmp_path / "set").iterdir())
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "common")
+    for cache, given in (("mine", {"cache_dir": str(tmp_path / "mine")}), ("common", {})):
+        for _ in range(2):
+            assert numbers_of(tmp_path / "set", **given) == [0, 1, 2, 3]
+        (file,) = (tmp_path / cache / "ddpm_hf").iterdir()  # the second time it is read
+        assert numbers_of(tmp_path / "set", split="train[:2]", **given) == [0, 1]
+        assert len(list((tmp_path / cache / "ddpm_hf").iterdir())) == 2
+        assert file.is_file()
+    assert sorted((tmp_path / "set").iterdir()) == before
+
+
+def test_a_cache_that_cannot_be_written_is_one_clear_line(tmp_path):
+    saved_part(range(4)).save_to_disk(tmp_path / "set")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write the decoded images: .*--cache_dir"):
+        numbers_of(tmp_path / "set", cache_dir=str(tmp_path / "file"))
+
+
 def test_an_indexed_dataset_on_disk(tmp_path):
     """A shuffled or filtered set saved to disk has an indices table; rows must follow it."""
     pictures = [Image.fromarray(np.full((8, 8), i, np.uint8)) for i in range(4)]

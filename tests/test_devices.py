@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ddpm_hf.config import TrainingConfig
-from ddpm_hf.devices import plan_batch, start_processes, wants_fsdp
+from ddpm_hf.devices import plan_batch, start_accelerator, start_processes, wants_fsdp
 from ddpm_hf.errors import InputError
 
 
@@ -54,6 +54,7 @@ def test_a_global_batch_that_does_not_divide_is_refused():
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED is not supported"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "MEGATRON_LM is not supported"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "PARALLELISM_CONFIG is not supported"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "asks for torch dynamo .INDUCTOR.: leave that"),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP 1 is not supported: set fsdp_version: 2"),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
@@ -99,6 +100,16 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(InputError, match="on a CPU FSDP2 computes in fp32"):
         start_processes(config(optimizer="adamw", mixed_precision="bf16"))
+
+
+def test_another_accumulation_in_the_environment_is_refused(monkeypatch):
+    """accelerate would take it in place of ours, and sum gradients over other micro-steps."""
+    name = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    start_processes(config())
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(InputError, match=f"{name}=4 is not the 2 micro-steps"):
+        start_accelerator(config(mixed_precision="no"), 2)
+    assert start_accelerator(config(mixed_precision="no"), 4).gradient_accumulation_steps == 4
 
 
 def test_a_launcher_that_says_cpu_gets_it(monkeypatch):

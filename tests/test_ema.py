@@ -15,6 +15,7 @@ from ddpm_hf.cli import main
 from ddpm_hf.ema import (
     build_ema,
     build_power_averages,
+    check_updates,
     drop_snapshots,
     ema_warning,
     fit_profile,
@@ -178,6 +179,14 @@ def test_a_decay_too_long_for_the_run_is_said_with_one_that_is_not():
 @pytest.mark.parametrize("settings", [{}, HO | dict(use_ema=False)])
 def test_no_warning_with_warm_up_or_without_ema(settings):
     assert ema_warning(config(**settings), 100) is None
+
+
+@pytest.mark.parametrize("settings", [{}, PROFILES | dict(use_ema=False)])
+def test_an_average_that_would_never_be_updated_is_refused(settings):
+    with pytest.raises(InputError, match="ema_update_every 11 is longer than the run of 10 steps"):
+        check_updates(config(ema_update_every=11, **settings), 10)
+    check_updates(config(ema_update_every=10, **settings), 10)
+    check_updates(config(ema_update_every=11, use_ema=False), 10)
 
 
 # State

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -63,6 +64,49 @@ def test_training_begins_with_its_weights(trained, tmp_path):
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-7)
     assert json.loads((made / "config.json").read_text())["init_from"] == str(trained)
+
+
+def test_starting_afresh_takes_the_weights_and_the_network_of_the_model(
+    trained, tiny_unet, tmp_path
+):
+    """Not those of the run that it deletes, nor the seed's."""
+    pipe = DDPMPipeline(tiny_unet, build_scheduler())
+    pipe.save_pretrained(tmp_path / "other")
+    settings = dict(output_dir=tmp_path / "run", learning_rate=0, max_train_steps=1, logger="none")
+    train(TrainingConfig.from_model(trained, **PINNED, **settings))
+    settings |= dict(
+        dataset_name="embedded", split="test[:48]", train_batch_size=4, optimizer="adamw"
+    )
+    settings |= dict(eval_batch_size=1, ddpm_num_inference_steps=1, overwrite_output_dir=True)
+    made = train(TrainingConfig.from_model(tmp_path / "other", **PINNED, **settings)).output_dir
+    saved = load_file(made / WEIGHTS)
+    assert saved.keys() == tiny_unet.state_dict().keys()
+    for name, tensor in tiny_unet.state_dict().items():  # averaged: equal but for rounding
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_starting_afresh_reads_the_model_and_not_what_was_kept_of_it(trained, tmp_path):
+    shutil.copytree(trained / "unet", tmp_path / "origin" / "unet")
+    shutil.copytree(trained / "scheduler", tmp_path / "origin" / "scheduler")
+    recipe = json.loads((trained / "config.json").read_text())
+    kept = json.dumps(recipe | dict(snr_gamma=1.0))
+    (tmp_path / "origin" / "config.json").write_text(kept)
+    (tmp_path / "config.json").write_text(json.dumps(recipe | dict(init_from=str(trained))))
+    words = ["--from", str(trained), "--output_dir", str(tmp_path)]
+    afresh = [*words, "--overwrite_output_dir"]
+    assert parse_config(words).snr_gamma == 1.0
+    assert parse_config(afresh).snr_gamma == 3.0
+    assert parse_config([*afresh, "false"]).snr_gamma == 1.0
+    assert parse_config([*afresh, "--resume_from_checkpoint", "latest"]).snr_gamma == 1.0
+
+
+def test_the_model_itself_is_not_overwritten(trained):
+    config = TrainingConfig.from_model(
+        trained, output_dir=trained, overwrite_output_dir=True, logger="none", **PINNED
+    )
+    with pytest.raises(InputError, match="would delete the model that training starts from"):
+        train(config)
+    assert (trained / WEIGHTS).is_file()
 
 
 @pytest.mark.parametrize(
@@ -157,6 +201,31 @@ def test_a_run_goes_on_when_its_origin_is_gone(trained, tmp_path, monkeypatch):
     assert result.step == 2
     with pytest.raises(InputError, match="cannot start from 'origin-folder'"):
         parse_config(["--from", "origin-folder", "--output_dir", "third"])
+
+
+@pytest.mark.parametrize("name", ["write_text", "rename"])
+def test_a_kill_while_the_origin_is_kept_leaves_a_folder_that_can_be_used(
+    trained, tmp_path, monkeypatch, name
+):
+    settings = dict(
+        output_dir=tmp_path / "run", max_train_steps=1, logger="none", eval_batch_size=1
+    )
+    config = TrainingConfig.from_model(trained, **PINNED, **settings)
+    done = getattr(Path, name)
+
+    def killed(path, *arguments):
+        if "origin" in str(path):
+            raise KeyboardInterrupt
+        return done(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert not (tmp_path / "run" / "origin").exists()
+    assert train(config).step == 1
+    kept = json.loads((tmp_path / "run" / "origin" / "unet" / "config.json").read_text())
+    assert kept == json.loads((trained / "unet" / "config.json").read_text())
 
 
 def test_weights_without_the_recipe_are_refused():

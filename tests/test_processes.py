@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,24 @@ def test_a_stream_goes_on_on_another_number_of_processes(launch, tmp_path):
     after, _ = launch.draws()
     assert set(before) | set(after) == set(all_rows)
     assert farthest(weights(whole), weights(folder)) < 1e-6
+
+
+def test_every_process_tells_of_the_images_that_it_skipped(launch, tmp_path):
+    """Two lanes of eight shards, one a process; each shard's last image is broken."""
+    test = datasets.load_dataset("parquet", data_files=str(FASHION_MNIST / "test.parquet"))["train"]
+    whole = test.cast_column("image", datasets.Image(decode=False))
+    for shard in range(16):
+        rows = [whole[row] for row in range(5 * shard, 5 * shard + 5)]
+        rows[-1]["image"] = {"bytes": b"no image", "path": None}
+        part = datasets.Dataset.from_list(rows, features=test.features)
+        part.to_parquet(str(tmp_path / "shards" / f"train-{shard:02}.parquet"))
+    settings = dict(max_train_steps=8, dataset_name=str(tmp_path / "shards"), split="train",
+                    streaming=True, corrupt_images="skip", train_batch_size=4)  # fmt: skip
+    output, _ = launch(2, **settings)
+    end = output[output.index("Step 8 of 8") :]
+    shards = {int(shard) for shard in re.findall(r"decoded: row 4 of shard (\d+)", end)}
+    assert len(shards) > 8  # more than the shards of one lane
+    assert f"Skipped {len(shards)} images in all" in end
 
 
 def test_processes_that_cannot_share_the_global_batch_are_refused(launch):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from safetensors.torch import load_file
 
 from ddpm_hf import TrainingConfig, train
 from ddpm_hf.checkpoint import list_checkpoints
-from ddpm_hf.errors import EXIT_STOPPED, Stopped, TrainingError
+from ddpm_hf.errors import EXIT_STOPPED, InputError, Stopped, TrainingError
 from ddpm_hf.losses import simple_loss
-from ddpm_hf.stopping import NONFINITE_LIMIT, StopSignals, out_of_memory
+from ddpm_hf.run import Run, same_command
+from ddpm_hf.stopping import NONFINITE_LIMIT, StopSignals, explained_failures, out_of_memory
+from ddpm_hf.uploads import BackgroundPush
 
 JOB = """
 import json, os, sys
@@ -150,6 +153,75 @@ def test_a_signal_while_samples_are_drawn_leaves_the_grid_out(quick_settings, mo
     assert train(config).step == 3
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(), "the same command again goes on"),
+        (
+            dict(overwrite_output_dir=True),
+            "the same command without --overwrite_output_dir goes on",
+        ),
+        (
+            dict(overwrite_output_dir=True, resume_from_checkpoint="latest"),
+            "the same command again goes on",
+        ),
+        (
+            dict(resume_from_checkpoint="checkpoint-2"),
+            "the same command without --resume_from_checkpoint goes on",
+        ),
+        (
+            dict(overwrite_output_dir=True, resume_from_checkpoint="checkpoint-2"),
+            "the same command without --overwrite_output_dir and --resume_from_checkpoint goes on",
+        ),
+    ],
+)
+def test_which_command_goes_on(changes, words):
+    """Some flags would delete what was saved, or go back behind it."""
+    assert f"{same_command(TrainingConfig(dataset_name='embedded', **changes))} goes on" == words
+
+
+def test_which_command_goes_on_is_said(quick_settings, capsys):
+    config = TrainingConfig(**quick_settings | dict(overwrite_output_dir=True))
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return simple_loss(*arguments)
+
+    with pytest.raises(Stopped):
+        train(config, stopped)
+    words = "the same command without --overwrite_output_dir goes on"
+    assert words in capsys.readouterr().out
+
+    def lost(*arguments):
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(TrainingError, match=words):
+        train(config, lost)
+
+
+def test_a_signal_does_not_wait_long_for_the_hub(quick_settings, monkeypatch, capsys):
+    """The machine is about to go, and what was saved stands."""
+    hang = threading.Event()
+    build = Run.build
+
+    def built(config):
+        run = build(config)
+        run.pushes = BackgroundPush(run.log.say)
+        run.pushes.submit("checkpoint", "it", hang.wait, lambda: None)
+        return run
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return simple_loss(*arguments)
+
+    monkeypatch.setattr(Run, "build", built)
+    monkeypatch.setattr("ddpm_hf.resuming.STOP_WAIT", 1.0)
+    with pytest.raises(Stopped):
+        train(TrainingConfig(**quick_settings), stopped)
+    hang.set()
+    assert "Waiting for the Hub, 1 seconds at most" in capsys.readouterr().out
+
+
 def test_handlers_are_given_back_and_a_second_interrupt_is_at_once():
     before = signal.getsignal(signal.SIGINT)
     with StopSignals() as stop:
@@ -261,7 +333,9 @@ def test_skipped_updates_in_a_row_end_the_run_with_a_diagnosis(quick_settings):
         f"the gradients of steps 6 to {last} are not finite (loss nan, mixed precision no): these "
         "updates were skipped, the weights are those of step 5."
     )
-    assert "lower --learning_rate" in str(caught.value)
+    assert "in a new --output_dir, since that is another run: lower" in str(caught.value)
+    with pytest.raises(InputError, match="learning_rate was 0.0002, now 0.0001"):  # as it says
+        train(TrainingConfig(**settings | dict(learning_rate=1e-4)))
     before = weights(config.run_dir)
     assert all(torch.isfinite(tensor).all() for tensor in before.values())
     assert train(config).step == 100  # the same command again, its cause removed
@@ -297,6 +371,30 @@ def test_out_of_memory_names_the_way_out(quick_settings):
     with pytest.raises(TrainingError, match="out of memory"):
         train(config, on_a_gpu)
     assert "half" not in out_of_memory(3, 1)
+
+
+def test_a_lack_of_memory_outside_the_loop_has_its_own_way_out(quick_settings, monkeypatch):
+    def greedy(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ddpm_hf.run.place_images", greedy)
+        with pytest.raises(TrainingError, match="before the first step: .*--data_on_device no"):
+            train(TrainingConfig(**quick_settings))
+
+    def greedy_samples(*arguments, **options):
+        yield greedy()
+
+    monkeypatch.setattr("ddpm_hf.pipeline.DDPMPipeline.denoise", greedy_samples)
+    message = "out of memory while sampling 4 images: choose fewer --eval_batch_size"
+    with pytest.raises(TrainingError, match=message):
+        train(TrainingConfig(**quick_settings | dict(max_train_steps=1)))
+
+
+def test_what_is_explained_once_is_not_explained_again():
+    outer, inner = explained_failures("", "outer"), explained_failures("", "inner")
+    with pytest.raises(TrainingError, match="inner goes on"), outer, inner:
+        raise RuntimeError("Connection closed by peer")
 
 
 def test_other_errors_keep_their_own_words(quick_settings):

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline, TrainingConfig, train
-from ddpm_hf.checkpoint import list_checkpoints
+from ddpm_hf.checkpoint import EVALUATED, list_checkpoints
 from ddpm_hf.data import ImageStream, load_images
 from ddpm_hf.devices import BatchPlan, available_cores
 from ddpm_hf.ema import Average
@@ -167,6 +167,17 @@ def test_overwriting_starts_afresh(quick_settings):
     result = run(quick_settings, seed=1, max_train_steps=1, overwrite_output_dir=True)
     assert [path.name for path in list_checkpoints(result.output_dir)] == ["checkpoint-1"]
     assert len((result.output_dir / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_pictures_of_an_evaluation_go_with_the_weights_that_they_are_of(quick_settings):
+    out = run(quick_settings, max_train_steps=1).output_dir
+    for name in EVALUATED:
+        (out / name).touch()
+    (out / "README.md").unlink()  # what was not finished is written again, of the same step
+    run(quick_settings, max_train_steps=1)
+    assert all((out / name).exists() for name in EVALUATED)
+    run(quick_settings, max_train_steps=2)
+    assert not any((out / name).exists() for name in EVALUATED)
 
 
 def test_overwriting_spares_what_is_not_the_runs(quick_settings):
@@ -598,6 +609,12 @@ def test_a_set_smaller_than_the_global_batch_is_refused(quick_settings):
 def test_a_decay_too_long_for_the_run_is_said(quick_settings, capsys):
     run(quick_settings, ema_min_decay=0.9999, max_train_steps=1)
     assert "keeps 100 % of the initial weights" in capsys.readouterr().out
+
+
+def test_a_run_without_an_update_of_its_average_is_not_started(quick_settings):
+    with pytest.raises(InputError, match="choose a smaller --ema_update_every"):
+        run(quick_settings, ema_update_every=5)
+    assert not Path(quick_settings["output_dir"]).exists()
 
 
 def test_what_the_probe_chose_is_kept_by_the_run(quick_settings, capsys):

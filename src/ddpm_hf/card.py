@@ -127,7 +127,8 @@ def render_card(
         has_grid=(folder / "samples" / "grid.png").is_file(),
         analytic=extras.get("analytic"),
         stock_timesteps=stock_timesteps,
-        has_rate_distortion=(folder / "rate_distortion.png").is_file(),
+        has_rate_distortion=(folder / "rate_distortion.png").is_file()
+        and any(row.metric == "rate" for row in results),
         has_curve=(folder / "loss_curve.png").is_file(),
     )
     return str(card)

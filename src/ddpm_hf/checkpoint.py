@@ -2,10 +2,12 @@
 
 What exact resume means here. Parameters, averages, optimiser and learning-rate state are in the
 checkpoint; everything random is a function of (seed, position), and dropout of (seed, step, rank),
-so the only random state is the step number. A run continued from step k on the same machine and
-process count is bit-equal to one that never stopped, and starts at once: no image is decoded to be
-skipped. On another process count the global batch stays, and with it the images, crops, flips,
-timesteps and noise; parameters then differ by the order of summation, and by dropout's masks.
+so the only random state is the step number. A run continued from step k on the same machine, on one
+process or on two as before, is bit-equal to one that never stopped, and starts at once: no image is
+decoded to be skipped. Three or more sum their gradients in the order of DDP's buckets, which the
+first step of a start has otherwise: equal up to the order of summation. On another process count
+the global batch stays, and with it the images, crops, flips, timesteps and noise; parameters then
+differ by the order of summation, and by dropout's masks.
 
 `checkpoint-<step>` is written under another name, flushed to disk, listed with a checksum per file
 in manifest.json, and then renamed: whoever finds the name finds a whole checkpoint. No pickle is
@@ -31,6 +33,11 @@ from .errors import InputError
 
 CONFIG, METRICS, MANIFEST = "config.json", "metrics.jsonl", "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
+EVALUATED = (
+    "rate_distortion.json", "rate_distortion.png", "reconstructions.png", "shared_latents.png"
+)  # fmt: skip
+"""Files of an evaluation, beside its rows in results.json: they name no step of the model."""
+
 FORMAT = 1
 """Of a checkpoint; a newer one is refused."""
 
@@ -395,7 +402,7 @@ def clear_run(directory: Path) -> None:
     for name in folders:
         shutil.rmtree(directory / name, ignore_errors=True)
     made = ("model_index.json", "README.md", "loss_curve.png", "results.json", "training.json")
-    for name in (*made, METRICS, CONFIG):
+    for name in (*made, *EVALUATED, METRICS, CONFIG):
         (directory / name).unlink(missing_ok=True)
 
 

@@ -30,6 +30,9 @@ OF_SPEED = ("mixed_precision", "memory_format", "compile")
 PATHS = ("dataset_name", "train_data_dir", "model_config_name_or_path", "init_from", "recipe")
 """Settings that may be paths."""
 
+OF_ADAM = ("learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
+"""Settings of Adam and AdamW; under Muon those of a few weights only."""
+
 EMBEDDED = "embedded"
 """`--dataset_name embedded`: the 6,000 images of Fashion-MNIST inside this package."""
 
@@ -228,7 +231,9 @@ class TrainingConfig:
     num_epochs: int = arg(
         100, "Passes over the images; without effect when --max_train_steps is given."
     )
-    max_train_steps: int | None = arg(None, "Optimiser steps; overrides --num_epochs.")
+    max_train_steps: int | None = arg(
+        None, "Optimiser steps; overrides --num_epochs, which overrides those of a recipe."
+    )
     optimizer: Literal["adam", "adamw", "muon"] = arg(
         "muon",
         "adam, adamw, or muon: orthogonalised momentum on the convolutions, AdamW on the rest.",
@@ -585,13 +590,24 @@ class CommandLine:
         False, "Without effect: grey images of 16 or 32 bits always keep their precision."
     )
 
+    given: frozenset[str] = field(default=frozenset(), init=False)
+    """Names of all flags on the command line."""
+
     def explain(self, config: TrainingConfig) -> list[str]:
         """A line for each flag given that has another effect than in diffusers' script."""
         lines = [
             f"--{f.name}: {f.metadata['help']}"
             for f in fields(self)
-            if f.name != "dry_run" and getattr(self, f.name) != f.default
+            if f.name not in ("dry_run", "given") and getattr(self, f.name) != f.default
         ]
+        of_adam = [name for name in OF_ADAM if name in self.given]
+        chosen = {"optimizer", "muon_learning_rate"} & self.given
+        if of_adam and config.optimizer == "muon" and not chosen:
+            lines.append(
+                f"--{', --'.join(of_adam)}: not for the hidden convolutions, which Muon trains "
+                f"with --muon_learning_rate {config.muon_learning_rate}; --optimizer adamw is "
+                "diffusers' optimiser for all"
+            )
         if config.hub_model_id and not (config.push_to_hub or config.push_checkpoints):
             lines.append("--hub_model_id: without effect, since nothing is pushed")
         if config.hub_private_repo and not config.push_to_hub:
@@ -645,12 +661,17 @@ def parse_command(
     settings = read_recipe(recipe) if given.get("recipe") or not origin else {}
     if origin:
         recipe = given.get("recipe") or f"from-{Path(origin).name}"
-        kept, origin = find_kept_origin(origin, given.get("output_dir"), recipe)
+        overwrites = given.get("overwrite_output_dir", "no").lower()
+        afresh = overwrites not in ("no", "false", "n", "f", "0")
+        afresh = afresh and "resume_from_checkpoint" not in given
+        kept, origin = find_kept_origin(origin, given.get("output_dir"), recipe, afresh=afresh)
         settings = recipe_of_origin(origin, kept, settings)
         argv = [*argv, "--init_from", origin]
     if names_data:  # the user's images, not the recipe's
         for name in ("dataset_name", "dataset_config_name", "train_data_dir"):
             settings.pop(name, None)
+    if "num_epochs" in given and "max_train_steps" not in given:
+        settings.pop("max_train_steps", None)  # it would leave the epochs without effect
     preset = given.get("preset") or str(settings.get("preset", "auto"))
     check_choice("preset", preset, PRESETS)
     words = as_words(PRESETS[preset].settings, f"preset {preset}")
@@ -665,19 +686,17 @@ def parse_command(
         flag = unknown[0].split("=")[0].lstrip("-")
         raise InputError(f"unknown flag {unknown[0]!r}.{did_you_mean(flag, field_names())}")
     config.recipe = recipe
+    command.given = frozenset(given)
     return config, command
 
 
-DECISIVE = ("recipe", "preset", "dataset_name", "train_data_dir", "init_from", "output_dir")
-
-
 def _given(argv: list[str]) -> dict[str, str]:
-    """What the command line says of the settings that decide about the layers below it."""
+    """The flags of a command line with their values, before anything is checked."""
     given = {}
     for word, after in zip(argv, [*argv[1:], ""], strict=False):
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         name = "init_from" if name == "from" else name
-        if flag.startswith("--") and name in DECISIVE:
+        if flag.startswith("--"):
             given[name] = value if equals else after
     return given

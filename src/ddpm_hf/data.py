@@ -13,7 +13,8 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from .sources import (
     find_held_out_split,
     find_image_column,
     find_label_column,
+    is_saved,
     open_dataset,
     row_decoder,
 )
@@ -327,27 +329,32 @@ def decode_all(source: datasets.Dataset, config: TrainingConfig) -> ImageSet:
     function = row_decoder(source.features, config, label_column)
     column = function.keywords["column"]
     kinds = dict(
-        pixels="large_binary",
-        height="int32",
-        width="int32",
-        channels="int8",
-        deep="int8",
+        pixels="large_binary", height="int32", width="int32", channels="int8", deep="int8",
         fault="string",
-    )
+    )  # fmt: skip
     if label_column:
         kinds["label"] = "int64"
     height, width = config.image_size
     columns = [column, label_column] if label_column else [column]
     encoded = source.select_columns(columns).cast_column(column, datasets.Image(decode=False))
-    table = encoded.map(
-        function,
-        with_indices=True,
-        remove_columns=columns,
-        features=datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()}),
-        num_proc=config.dataloader_num_workers or None,
-        writer_batch_size=min(CHUNK_ROWS, CHUNK_BYTES // (3 * height * width) + 1),
-        desc=f"Decoding {len(source)} images",
-    )
+    try:
+        table = encoded.map(
+            function,
+            with_indices=True,
+            remove_columns=columns,
+            features=datasets.Features(
+                {name: datasets.Value(kind) for name, kind in kinds.items()}
+            ),
+            num_proc=config.dataloader_num_workers or None,
+            writer_batch_size=min(CHUNK_ROWS, CHUNK_BYTES // (3 * height * width) + 1),
+            desc=f"Decoding {len(source)} images",
+            cache_file_name=decoded_file(encoded, function, config),
+        )
+    except OSError as error:
+        raise InputError(
+            f"cannot write the decoded images: {error}. Name a folder with room for them by "
+            "--cache_dir"
+        ) from error
     faults = find_faults(table, config)
     left_out = np.flatnonzero(table.data.column("height").is_null()) if faults else []
     most = pc.max(table.data.column("channels")).as_py()
@@ -361,6 +368,23 @@ def decode_all(source: datasets.Dataset, config: TrainingConfig) -> ImageSet:
         num_classes=classes,
         class_names=getattr(source.features.get(label_column), "names", None),
     )
+
+
+def decoded_file(
+    encoded: datasets.Dataset, function: partial, config: TrainingConfig
+) -> str | None:
+    """Where the decoded images of a set from `save_to_disk` are kept; None is `datasets`' choice.
+
+    That is beside the set's own files: right in a cache, and not in a user's folder of data.
+    """
+    import datasets
+
+    if not (is_saved(config.dataset_name) and encoded.cache_files):
+        return None
+    cache = Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE) / "ddpm_hf"
+    cache.mkdir(parents=True, exist_ok=True)
+    key = datasets.fingerprint.Hasher.hash((encoded._fingerprint, function))
+    return str(cache / f"decoded-{key}.arrow")
 
 
 def check_sizes(source: datasets.Dataset, config: TrainingConfig) -> None:

@@ -24,8 +24,8 @@ def start_processes(config: TrainingConfig) -> PartialState:
     """Let the processes of this run meet, on the CPU where there is no other device.
 
     Raises:
-        InputError: a logger that is not installed, or an engine or number of processes that was
-            asked for and is not there.
+        InputError: a logger that is not installed, or an engine, compiler or number of processes
+            that was asked for and is not there.
     """
     if config.logger != "none" and importlib.util.find_spec(config.logger) is None:
         raise InputError(
@@ -35,6 +35,11 @@ def start_processes(config: TrainingConfig) -> PartialState:
     for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if _is_on(f"ACCELERATE_USE_{name}"):
             raise InputError(f"{name} is not supported: launch with DDP (--multi_gpu) or FSDP2")
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":  # accelerate's wrapper renames the weights
+        raise InputError(
+            f"the launcher asks for torch dynamo ({backend}): leave that out, and use --compile yes"
+        )
     AcceleratorState._reset_state(True)  # a notebook may train twice, in different precisions
     # The others wait for the process that decodes the images.
     on_cpu = _is_on("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
@@ -161,7 +166,17 @@ def plan_batch(
 
 
 def start_accelerator(config: TrainingConfig, accumulation: int) -> Accelerator:
-    """Accelerate over the processes of `start_processes`."""
+    """Accelerate over the processes of `start_processes`.
+
+    Raises:
+        InputError: the environment says another accumulation, which accelerate would follow.
+    """
+    name = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    if os.environ.get(name, str(accumulation)) != str(accumulation):
+        raise InputError(
+            f"{name}={os.environ[name]} is not the {accumulation} micro-steps that the settings "
+            "give: unset it, and use --gradient_accumulation_steps"
+        )
     return Accelerator(
         cpu=PartialState().device.type == "cpu",
         mixed_precision=config.mixed_precision,

@@ -171,6 +171,16 @@ def share_of_initial_weights(config: TrainingConfig, total_steps: int) -> float:
     return float(np.prod(_main_profile(config)(np.arange(1, updated + 1))))
 
 
+def check_updates(config: TrainingConfig, total_steps: int) -> None:
+    """Raise InputError where the averages would never be updated, and stay as they began."""
+    averages = config.use_ema or config.ema_lengths
+    if averages and config.ema_update_every > total_steps:
+        raise InputError(
+            f"ema_update_every {config.ema_update_every} is longer than the run of {total_steps} "
+            "steps, whose averages would stay untrained: choose a smaller --ema_update_every"
+        )
+
+
 def ema_warning(config: TrainingConfig, total_steps: int) -> str | None:
     """A line if more than 1 % of the initial weights would be left in the saved average."""
     if not config.use_ema or (share := share_of_initial_weights(config, total_steps)) <= 0.01:

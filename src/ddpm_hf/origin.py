@@ -74,14 +74,23 @@ def keep_origin(name: str, run_dir: Path) -> None:
         InputError: as `read_origin`.
         OSError: it could not be written.
     """
+    partial_folder = run_dir / f".{KEPT}.partial"  # what a kill leaves, a run clears
     for file, found in read_origin(name).items():
-        path = run_dir / KEPT / file
+        path = partial_folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=2) + "\n")
+    partial_folder.rename(run_dir / KEPT)
 
 
-def find_kept_origin(name: str, output_dir: str | None, recipe: str) -> tuple[Path | None, str]:
+def find_kept_origin(
+    name: str, output_dir: str | None, recipe: str, *, afresh: bool = False
+) -> tuple[Path | None, str]:
     """What a run that started from a model keeps of it, so that it goes on when that is gone.
+
+    Args:
+        name: Of the model.
+        output_dir, recipe: Which say where the run is.
+        afresh: Whether the run in the folder will be deleted.
 
     Returns:
         The folder in that of the run, None before its first start, and the model's name as it was
@@ -93,7 +102,7 @@ def find_kept_origin(name: str, output_dir: str | None, recipe: str) -> tuple[Pa
         before = json.loads((run_dir / "config.json").read_text()).get("init_from")
     except (OSError, ValueError, AttributeError):
         before = None
-    if before in (name, full) and (run_dir / KEPT).is_dir():
+    if before in (name, full) and (run_dir / KEPT).is_dir() and not afresh:
         return run_dir / KEPT, before
     return None, full if Path(name).is_dir() else name
 

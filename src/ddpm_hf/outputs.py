@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DModel
 
 from .card import dataset_of, located, write_card
-from .checkpoint import METRICS, list_checkpoints, read_metrics
+from .checkpoint import EVALUATED, METRICS, list_checkpoints, read_metrics
 from .data import ImageSet, to_network
 from .functional import mix_seed
 from .hub import Pushed
@@ -23,10 +23,11 @@ from .losses import simple_loss
 from .pictures import save_image_grid
 from .pipeline import DDPMPipeline, seeded_generators
 from .publishing import finish_pushes, publish_pipeline
-from .results import Result, TrainingRecord, add_results, read_results, write_record
+from .results import Result, TrainingRecord, add_results, read_record, read_results, write_record
 from .resuming import of_main, stop
-from .run import Run
+from .run import Run, same_command
 from .scheduler import DDPMScheduler
+from .stopping import explained_failures
 
 HELD_OUT_STREAM = 7
 HELD_OUT_IMAGES = 512
@@ -64,6 +65,7 @@ def save_samples(run: Run, step: int, path: Path) -> None:
 
     Raises:
         Stopped: a signal came; the state is saved, the grid is left out.
+        TrainingError: there is no memory for it.
     """
     count, processes = run.config.eval_batch_size, run.accelerator.num_processes
     share = range(
@@ -79,7 +81,8 @@ def save_samples(run: Run, step: int, path: Path) -> None:
         num_inference_steps=run.config.ddpm_num_inference_steps,
         class_labels=[i % num_classes for i in share] if num_classes else None,
     )
-    with run.accelerator.autocast():
+    no_memory = f"out of memory while sampling {count} images: choose fewer --eval_batch_size"
+    with explained_failures(no_memory, same_command(run.config)), run.accelerator.autocast():
         for denoised in steps:
             images = denoised.x_s
             if reason := run.stop.agreed():
@@ -142,7 +145,7 @@ def save_pipeline(run: Run, step: int) -> None:
     unet = run.averaged_unet() if run.saves else None
     if run.accelerator.is_main_process:
         with run.log.spared("the pipeline could not be saved"):
-            write_pipeline(run, unet)
+            write_pipeline(run, step, unet)
             if run.config.push_to_hub:
                 save_loss_curve(run.directory / METRICS, run.directory / "loss_curve.png")
                 write_record(run.directory, training_record(run, step))
@@ -151,8 +154,15 @@ def save_pipeline(run: Run, step: int) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def write_pipeline(run: Run, unet: UNet2DModel) -> None:
-    """Write a pipeline into the run's folder, each file replaced in one piece."""
+def write_pipeline(run: Run, step: int, unet: UNet2DModel) -> None:
+    """Write a pipeline into the run's folder, each file replaced in one piece.
+
+    What shows an evaluation of another step goes before.
+    """
+    record = read_record(run.directory)
+    if record is None or record.step != step:
+        for name in EVALUATED:
+            (run.directory / name).unlink(missing_ok=True)
     partial_folder = run.directory / ".pipeline.partial"
     scheduler = DDPMScheduler.from_config(run.scheduler.config)
     try:
@@ -262,7 +272,7 @@ def finish(run: Run, step: int) -> TrainingResult:
         )
     else:
         unet = run.averaged_unet() if run.saves else None
-        of_main(run, partial(write_pipeline, run, unet))
+        of_main(run, partial(write_pipeline, run, step, unet))
         save_samples(run, step, samples)
         of_main(run, partial(write_report, run, step, loss_curve))
     if run.config.streaming:

@@ -71,15 +71,13 @@ def publish_checkpoint(run: Run, step: int) -> None:
     run.pushes.submit("checkpoint", name, push, partial(_delete, frozen))
 
 
-def finish_pushes(run: Run) -> Pushed | None:
+def finish_pushes(run: Run, seconds: float = LAST_WAIT) -> Pushed | None:
     """Wait for the last pushes, say what became of them; that of the model, if it was pushed."""
     if run.pushes is None:
         return None
     if run.pushes.busy:
-        run.accelerator.print(
-            f"Waiting for the Hub, {LAST_WAIT / 60:.0f} minutes at most", flush=True
-        )
-    run.pushes.close()
+        run.accelerator.print(f"Waiting for the Hub, {seconds:.0f} seconds at most", flush=True)
+    run.pushes.close(seconds)
     for kind in {"model", "checkpoint"} & run.pushes.done.keys():
         run.accelerator.print(f"Pushed:     {run.pushes.done[kind].url}")
     for problem in run.pushes.failed.values():

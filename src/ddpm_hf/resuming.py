@@ -41,9 +41,10 @@ from .errors import InputError, Stopped, TrainingError
 from .origin import KEPT, keep_origin
 from .pictures import save_image_grid
 from .publishing import finish_pushes, publish_checkpoint
-from .run import Run, starts_afresh
+from .run import Run, same_command, starts_afresh
 from .stopping import UpdateGuard
 from .streaming import merge_states
+from .uploads import STOP_WAIT
 
 
 def open_folder(run: Run) -> int:
@@ -101,9 +102,10 @@ def tidy_folder(run: Run, step: int, settings: dict[str, Any]) -> None:
     clear_leftovers(run.directory)
     for average in run.power_averages:
         drop_snapshots(run.directory, average.optimization_step)
+    # First what says that the folder is a run's: without it a start after a kill is refused.
+    write_text(run.directory / CONFIG, json.dumps(settings, indent=2) + "\n")
     if run.config.init_from and not (run.directory / KEPT).is_dir():
         keep_origin(run.config.init_from, run.directory)
-    write_text(run.directory / CONFIG, json.dumps(settings, indent=2) + "\n")
     if step == 0:
         # The rows of this process: a stream opens the lanes of what is drawn.
         batch = to_network(run.stream.batch(0, slice(min(64, run.plan.per_device))).images)
@@ -257,15 +259,17 @@ def stop(run: Run, reason: str, step: int) -> None:
         TrainingError: where the state could not be saved.
     """
     saved = save_checkpoint(run, step)
-    finish_pushes(run)
+    if run.config.streaming:
+        run.report_faults()
+    finish_pushes(run, STOP_WAIT)
     run.close()
     if not saved:
         raise TrainingError(
             f"stopped by {reason} after step {step}, whose checkpoint could not be saved"
         )
     run.accelerator.print(
-        f"Stopped by {reason} after step {step} of {run.total_steps}, which is saved: the same "
-        "command again goes on",
+        f"Stopped by {reason} after step {step} of {run.total_steps}, which is saved: "
+        f"{same_command(run.config)} goes on",
         flush=True,
     )
     raise Stopped(reason)

@@ -40,7 +40,7 @@ from .devices import (
     start_processes,
     wants_fsdp,
 )
-from .ema import Average, build_ema, build_power_averages, ema_warning
+from .ema import Average, build_ema, build_power_averages, check_updates, ema_warning
 from .errors import InputError
 from .functional import mix_seed
 from .logbook import Logbook
@@ -131,6 +131,7 @@ class Run:
             config.num_epochs * len(images) / plan.global_batch_size
         )
 
+        check_updates(config, total_steps)
         process = {name: getattr(config, name) for name in DEFAULT_PROCESS}
         scheduler = build_scheduler(config.preset, class_names=images.class_names, **process)
         weights = start_weights(config, processes, scheduler)
@@ -202,8 +203,16 @@ class Run:
             )
 
     def report_faults(self) -> None:
-        """Name the images that were left out: before training, or of a stream at its end."""
+        """Name the images that were left out: before training, or of a stream at its end.
+
+        All processes ask together.
+        """
         faults, say = self.stream.images.faults, self.accelerator.print
+        if self.config.streaming:  # each process met those of its own lanes
+            met: dict[tuple[int, int], str] = {}
+            for corrupt in gather_object([self.stream.images.corrupt]):
+                met |= corrupt
+            faults = [met[place] for place in sorted(met)]
         for fault in faults:
             say(f"Skipped an image that cannot be decoded: {fault}")
         if faults:
@@ -434,6 +443,17 @@ def starts_afresh(config: TrainingConfig) -> bool:
     return config.overwrite_output_dir and not config.resume_from_checkpoint
 
 
+def same_command(config: TrainingConfig) -> str:
+    """How to go on with this run after a stop: which flags of its command would not."""
+    named = config.resume_from_checkpoint not in (None, "", "latest")
+    left_out = {
+        "--overwrite_output_dir": config.overwrite_output_dir and (named or starts_afresh(config)),
+        "--resume_from_checkpoint": named,
+    }
+    words = " and ".join(flag for flag, given in left_out.items() if given)
+    return f"the same command without {words}" if words else "the same command again"
+
+
 def in_turn(processes: PartialState, load: Callable[[], Any]) -> Any:
     """What `load` gives, in one process of a machine first: the others read the cache it leaves.
 
@@ -468,11 +488,10 @@ def open_images(
 def build_network(config: TrainingConfig, images: ImageSet | StreamedImages) -> UNet2DModel:
     """The network that the settings and the images ask for."""
     kept = config.run_dir / KEPT  # of an origin that may be gone
+    goes_on = config.init_from and kept.is_dir() and not starts_afresh(config)
     return build_unet(
         config.preset,
-        model_config=str(kept)
-        if config.init_from and kept.is_dir()
-        else config.model_config_name_or_path,
+        model_config=str(kept) if goes_on else config.model_config_name_or_path,
         resolution=config.image_size,
         image_channels=images.channels,
         dropout=config.dropout,
@@ -487,10 +506,17 @@ def start_weights(
     """The weights of the pipeline to start from; None where the seed's or a checkpoint's count.
 
     Raises:
-        InputError: the process that the settings name is not the one that they were trained with.
+        InputError: the process that the settings name is not the one that they were trained with,
+            or the folder to be deleted is that of the pipeline itself.
     """
-    if not config.init_from or list_checkpoints(config.run_dir):
+    afresh = starts_afresh(config)
+    if not config.init_from or (list_checkpoints(config.run_dir) and not afresh):
         return None
+    if afresh and Path(config.init_from).resolve() == config.run_dir.resolve():
+        raise InputError(
+            f"overwrite_output_dir would delete the model that training starts from, in "
+            f"{config.init_from}: name another --output_dir"
+        )
     origin = in_turn(processes, partial(DDPMPipeline.from_pretrained, config.init_from))
     theirs, ours = DDPMScheduler.from_config(origin.scheduler.config), scheduler
     words = ("prediction_type", "num_train_timesteps")

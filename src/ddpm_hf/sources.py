@@ -68,7 +68,7 @@ def open_dataset(
             return datasets.load_dataset("parquet", data_files=files, **options)
         if name.endswith(".parquet"):
             return datasets.load_dataset("parquet", data_files={splits[0]: name}, **options)
-        if any(os.path.isfile(os.path.join(name, file)) for file in SAVED):
+        if is_saved(name):
             found = from_disk(name, split)
             if not streaming or isinstance(found, dict):
                 return found
@@ -87,6 +87,11 @@ def open_dataset(
         raise InputError(f"cannot load the image set {folder or name!r}: {reason}") from error
 
 
+def is_saved(name: str | None) -> bool:
+    """Whether an image set is a folder written by `save_to_disk`."""
+    return name is not None and any(os.path.isfile(os.path.join(name, file)) for file in SAVED)
+
+
 def split_names(split: str) -> list[str]:
     """The splits in an expression of `datasets`: train[:10%]+test -> train, test."""
     return [part.split("[")[0] for part in split.split("+")]
@@ -100,15 +105,28 @@ def find_held_out_split(config: TrainingConfig) -> str | None:
 
 
 def from_disk(folder: str, split: str | None) -> datasets.Dataset | datasets.DatasetDict:
-    """A set written by `save_to_disk`, the named split where it has several."""
+    """A set written by `save_to_disk`, and of it what an expression of splits names.
+
+    A set without splits is called `train`, as well as by the name that it may have.
+
+    Raises:
+        ValueError: no such split.
+    """
     import datasets
 
     found = datasets.load_from_disk(folder)
-    if isinstance(found, datasets.Dataset) or split is None:
+    if split is None:
         return found
-    if split not in found:
-        raise ValueError(f"it has the splits {', '.join(found)}, not {split!r}")
-    return found[split]
+    if isinstance(found, datasets.Dataset):
+        found = {"train": found, str(found.split or "train"): found}
+    if split in found:
+        return found[split]
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(
+        {name: len(rows) for name, rows in found.items()}
+    )
+    return datasets.concatenate_datasets(
+        [found[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    )
 
 
 def find_image_column(features: datasets.Features, wanted: str | None) -> str:

@@ -99,34 +99,49 @@ class UpdateGuard:
         way_out = (
             "try --mixed_precision bf16 or no"
             if precision == "fp16"
-            else "lower --learning_rate (and --muon_learning_rate), or clip harder with "
-            "--max_grad_norm"
+            else "in a new --output_dir, since that is another run: lower --learning_rate (and "
+            "--muon_learning_rate), or clip harder with --max_grad_norm; --from this folder begins "
+            "with its last pipeline, if it has one"
         )
         raise TrainingError(
             f"the gradients of steps {step - in_a_row + 1} to {step} are not finite (loss "
             f"{loss:g}, mixed precision {precision}): these updates were skipped, the weights are "
-            f"those of step {step - in_a_row}. From the last checkpoint, {way_out}"
+            f"those of step {step - in_a_row}. What helps, {way_out}"
         )
 
 
 @contextmanager
-def explained_failures(train_batch_size: int, accumulation: int) -> Iterator[None]:
-    """Turn a lack of memory, and the loss of another process, into one line: TrainingError."""
+def explained_failures(no_memory: str, again: str = "the same command again") -> Iterator[None]:
+    """Turn a lack of memory, and the loss of another process, into one line: TrainingError.
+
+    Args:
+        no_memory: What to say of a lack of memory, and to do about it.
+        again: What goes on from the last checkpoint.
+    """
     try:
         yield
+    except TrainingError:
+        raise
     except MemoryError as error:
-        raise TrainingError(out_of_memory(train_batch_size, accumulation)) from error
+        raise TrainingError(no_memory) from error
     except RuntimeError as error:
         text = str(error)
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-            raise TrainingError(out_of_memory(train_batch_size, accumulation)) from error
+            raise TrainingError(no_memory) from error
         lost = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
         if isinstance(error, dist.DistError) or any(sign in text for sign in lost):
             raise TrainingError(
-                "another process of this run died; its own message says why. The same command "
-                f"again goes on from the last checkpoint ({' '.join(text.split())[:200]})"
+                f"another process of this run died; its own message says why. From the last "
+                f"checkpoint {again} goes on ({' '.join(text.split())[:200]})"
             ) from error
         raise
+
+
+TOO_LARGE = (
+    "out of memory before the first step: the network, its averages or the images do not fit. Try "
+    "--data_on_device no, fewer --ema_profiles, a smaller --preset or --resolution, or free what "
+    "else is in the device's memory"
+)
 
 
 def out_of_memory(train_batch_size: int, accumulation: int) -> str:

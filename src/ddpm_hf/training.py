@@ -11,8 +11,8 @@ from .config import TrainingConfig
 from .losses import LossFunction, hybrid_loss, min_snr_loss, simple_loss, vlb_loss
 from .outputs import TrainingResult, finish, measure_held_out, save_pipeline, save_samples
 from .resuming import open_folder, save_checkpoint, save_snapshots, stop
-from .run import Run
-from .stopping import explained_failures
+from .run import Run, same_command
+from .stopping import TOO_LARGE, explained_failures, out_of_memory
 
 
 def train(
@@ -34,9 +34,11 @@ def train(
     """
     config = config or TrainingConfig.from_recipe("fashion-quick")
     loss_fn = loss_fn or objective(config)
-    run = Run.build(config)
+    with explained_failures(TOO_LARGE):
+        run = Run.build(config)
     config, accelerator = run.config, run.accelerator
-    with run.stop, run.held(), explained_failures(run.plan.per_device, run.plan.accumulation):
+    no_memory = out_of_memory(run.plan.per_device, run.plan.accumulation)
+    with run.stop, run.held(), explained_failures(no_memory, same_command(config)):
         step = open_folder(run)
         run.log.start(step)
         while step < run.total_steps:

@@ -20,6 +20,9 @@ RETRY_SECONDS = (10.0, 60.0, 300.0)
 LAST_WAIT = 600.0
 """Seconds that the end of a run waits for its pushes: less than processes wait for each other."""
 
+STOP_WAIT = 30.0
+"""The same after a signal, when the machine is about to go."""
+
 
 def may_pass(error: BaseException) -> bool:
     """Whether what went wrong may go right a while later: the network, or the Hub itself."""
