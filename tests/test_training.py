@@ -28,6 +28,7 @@ from ddpm_hf.ema import Average
 from ddpm_hf.errors import InputError
 from ddpm_hf.losses import simple_loss
 from ddpm_hf.optimization import build_optimizer
+from ddpm_hf.results import read_record
 from ddpm_hf.run import Run
 from ddpm_hf.training import objective
 
@@ -699,6 +700,8 @@ def test_epochs_save_pipelines(quick_settings):
     with pytest.raises(KeyboardInterrupt):
         train(config, stopped_in_epoch_two)
     assert DDPMPipeline.from_pretrained(config.run_dir)(1, num_inference_steps=1).images
+    # Of what step it is, which a number measured of it then says.
+    assert read_record(config.run_dir).step == 12
 
 
 def test_grids_every_so_many_steps(quick_settings):

@@ -38,7 +38,8 @@ def start_processes(config: TrainingConfig) -> PartialState:
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":  # accelerate's wrapper renames the weights
         raise InputError(
-            f"the launcher asks for torch dynamo ({backend}): leave that out, and use --compile yes"
+            f"the launcher asks for torch dynamo ({backend}): leave that out; training has "
+            "--compile yes"
         )
     AcceleratorState._reset_state(True)  # a notebook may train twice, in different precisions
     # The others wait for the process that decodes the images.

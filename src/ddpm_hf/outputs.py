@@ -146,9 +146,9 @@ def save_pipeline(run: Run, step: int) -> None:
     if run.accelerator.is_main_process:
         with run.log.spared("the pipeline could not be saved"):
             write_pipeline(run, step, unet)
+            write_record(run.directory, training_record(run, step))
             if run.config.push_to_hub:
                 save_loss_curve(run.directory / METRICS, run.directory / "loss_curve.png")
-                write_record(run.directory, training_record(run, step))
                 add_losses(run, step)
                 publish_pipeline(run, step, milestone=run.is_milestone(step))
     run.accelerator.wait_for_everyone()
