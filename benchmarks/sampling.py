@@ -4,9 +4,12 @@
         --memory_format channels_last --output_dir out/fashion
     ddpm-hf calibrate out/fashion --dataset_name fashion_mnist_train.parquet --num_images 1000 --timesteps 60 \
         --steps 5 10 25 50 100
-    python benchmarks/sampling.py --yardstick YARDSTICK.py --pipeline out/fashion --output sampling
-    python benchmarks/sampling.py --yardstick YARDSTICK.py --pipeline out/fashion --output sampling-1000 \
-        --num_images 500 --steps 1000 25 --samplers fixed_small fixed_large analytic-ddpm analytic-ddim
+    python benchmarks/sampling.py --yardstick YARDSTICK.py --pipeline out/fashion --compile --output sampling \
+        --steps 5 10 25
+    python benchmarks/sampling.py --yardstick YARDSTICK.py --pipeline out/fashion --compile --output sampling-500 \
+        --num_images 500 --steps 25 50 100
+    python benchmarks/sampling.py --yardstick YARDSTICK.py --pipeline out/fashion --compile --output sampling-500 \
+        --num_images 500 --steps 1000 --samplers fixed_small fixed_large
 
 Every sampler gets the same noise to start from. Uniform timesteps are evenly spaced, trailing; optimal ones
 are those that the calibration stored for that many steps. dpm++ (2M) and unipc are diffusers' own; ddim is

@@ -241,8 +241,9 @@ def test_only_a_launchers_death_stops_a_run(monkeypatch):
             monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
         else:
             monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-        stop = StopSignals()
         with monkeypatch.context() as patch:
+            patch.setattr(os, "getppid", lambda: 4321)  # that of the tests may be gone, too
+            stop = StopSignals()
             patch.setattr(os, "getppid", lambda: 1)
             assert stop.agreed() == ("its launcher's death" if launched else None)
 
