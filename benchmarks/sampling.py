@@ -97,7 +97,7 @@ def with_sampler(pipe: DDPMPipeline, sampler: Sampler, timesteps: list[int] | No
         def given(*_, device: Any = None, **__) -> None:
             set_timesteps(scheduler, timesteps=timesteps, device=device)
 
-        scheduler.set_timesteps = given
+        scheduler.set_timesteps = scheduler.set_even_timesteps = given
     return DDPMPipeline(pipe.unet, scheduler)
 
 

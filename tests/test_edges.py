@@ -210,7 +210,7 @@ def test_optimal_timesteps_are_for_the_optimal_variance(make_pipe, options, take
     process = pipe.scheduler
     process.set_timesteps(5)
     stored = process.timesteps.tolist()
-    process.set_timesteps(5, optimal=False)
+    process.set_even_timesteps(5)
     even = process.timesteps.tolist()
     assert even != stored == list(process.analytic["timesteps"]["5"])
     last(pipe, 5, **options)

@@ -606,8 +606,10 @@ class DDPMPipeline(diffusers.DDPMPipeline):
                 "PNDM needs a network that predicts epsilon or v; this one's prediction_type is "
                 f"{config.prediction_type!r}: use DDIM or another solver"
             )
-        choice = {"optimal": optimal} if isinstance(self.scheduler, DDPMScheduler) else {}
-        self.scheduler.set_timesteps(num_inference_steps, device=device, **choice)
+        if isinstance(self.scheduler, DDPMScheduler) and not optimal:
+            self.scheduler.set_even_timesteps(num_inference_steps, device)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
         fractional = self.scheduler.timesteps.is_floating_point()
         if fractional and self.unet.config.time_embedding_type == "learned":
             raise InputError(

@@ -534,17 +534,35 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
-        *,
-        optimal: bool = True,
     ) -> None:
         """Choose the sub-chain to sample: as many timesteps as asked for, or the list given.
 
-        Of a calibrated model these are the optimal timesteps, where they are stored for that many,
-        unless `optimal` is False.
+        Of a calibrated model these are the optimal timesteps, where they are stored for that many.
 
         Raises:
             ValueError: neither or both are given, or they do not fit into the T trained timesteps.
         """
+        stored = (self.analytic or {}).get("timesteps", {}).get(str(num_inference_steps))
+        if stored is not None and timesteps is None:
+            num_inference_steps, timesteps = None, stored
+        self._set_chain(num_inference_steps, device, timesteps)
+
+    def set_even_timesteps(
+        self, num_inference_steps: int, device: str | torch.device | None = None
+    ) -> None:
+        """`set_timesteps` with evenly spaced ones also where optimal ones are stored.
+
+        Raises:
+            ValueError: there are not as many among the T trained timesteps.
+        """
+        self._set_chain(num_inference_steps, device, None)
+
+    def _set_chain(
+        self,
+        num_inference_steps: int | None,
+        device: str | torch.device | None,
+        timesteps: list[int] | None,
+    ) -> None:
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("pass either num_inference_steps or timesteps")
         if num_inference_steps is not None and num_inference_steps < 1:
@@ -553,9 +571,6 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             raise ValueError(
                 f"timesteps must be a descending list of timesteps >= 0; got {timesteps}"
             )
-        stored = (self.analytic or {}).get("timesteps", {}).get(str(num_inference_steps))
-        if optimal and stored is not None:
-            num_inference_steps, timesteps = None, stored
         super().set_timesteps(num_inference_steps, device, timesteps)
         # Stock walks down by a float stride, whose rounding yields one timestep too many for some
         # counts; with steps_offset its first one may not exist.
