@@ -23,7 +23,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from ddpm_hf.data import CHUNK_ROWS, ImageSet, ImageStream
+from ddpm_hf.data import CHUNK_ROWS, ImageStream
+from ddpm_hf.images import ImageSet
 
 HERE = Path(__file__).parent
 BATCH_SIZE, BATCHES = 128, 300

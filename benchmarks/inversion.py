@@ -25,7 +25,8 @@ from sampling import identity
 from torch import Tensor
 
 from ddpm_hf import DDPMPipeline, TrainingConfig
-from ddpm_hf.data import load_images, to_network
+from ddpm_hf.data import load_images
+from ddpm_hf.images import to_network
 from ddpm_hf.sampling import load_pipeline
 from ddpm_hf.sources import find_held_out_split
 

@@ -41,8 +41,9 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddpm_hf import TrainingConfig, train
 from ddpm_hf.checkpoint import CONFIG
-from ddpm_hf.data import ImageStream, load_images, to_network
+from ddpm_hf.data import ImageStream, load_images
 from ddpm_hf.devices import set_threads
+from ddpm_hf.images import to_network
 from ddpm_hf.presets import unet_config
 from ddpm_hf.sampling import load_pipeline
 from ddpm_hf.training import objective

@@ -32,8 +32,9 @@ from diffusers import UNet2DModel
 
 from ddpm_hf import TrainingConfig, train
 from ddpm_hf.checkpoint import CONFIG
-from ddpm_hf.data import ImageStream, load_images, to_network
+from ddpm_hf.data import ImageStream, load_images
 from ddpm_hf.devices import set_threads
+from ddpm_hf.images import to_network
 from ddpm_hf.losses import simple_loss
 from ddpm_hf.presets import PRESETS, unet_config
 from ddpm_hf.probe import computes_bf16, count_flops, peak_flops

@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ddpm_hf import DDPMPipeline, TrainingConfig, build_scheduler
-from ddpm_hf.data import load_images, to_network
+from ddpm_hf.data import load_images
 from ddpm_hf.evaluation import plot_rate_distortion
+from ddpm_hf.images import to_network
 from ddpm_hf.likelihood import (
     BoundSums,
     Strata,

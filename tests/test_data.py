@@ -11,18 +11,9 @@ import torch
 from PIL import Image
 
 from ddpm_hf.config import TrainingConfig
-from ddpm_hf.data import (
-    ImageSet,
-    ImageStream,
-    check_batch,
-    load_images,
-    place_images,
-    shuffled,
-    split_held_out,
-    to_network,
-    view,
-)
+from ddpm_hf.data import ImageStream, check_batch, load_images, shuffled, split_held_out
 from ddpm_hf.errors import InputError
+from ddpm_hf.images import ImageSet, place_images, to_network, view
 from ddpm_hf.pixels import crop_each
 from ddpm_hf.sources import open_dataset
 

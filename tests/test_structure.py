@@ -30,6 +30,7 @@ ORDER = [
     "remote",
     "pixels",
     "sources",
+    "images",
     "data",
     "streaming",
     "losses",
@@ -54,6 +55,7 @@ ORDER = [
     "stopping",
     "logbook",
     "probe",
+    "learner",
     "run",
     "publishing",
     "resuming",
@@ -98,7 +100,7 @@ def test_a_module_imports_only_modules_above_it(name):
     assert ours <= set(ORDER[: ORDER.index(name)])
     if name in MATHS:
         assert not others & {"accelerate", "matplotlib", "gradio"}
-    if name not in ("pixels", "sources", "data", "streaming"):
+    if name not in ("pixels", "sources", "images", "data", "streaming"):
         assert "datasets" not in others
 
 

@@ -26,13 +26,13 @@ from .calibration import (
 from .card import write_card
 from .checkpoint import write_text
 from .config import TrainingConfig
-from .data import ImageSet, check_sizes, decode_all, to_network
-from .devices import on_main, start_processes
+from .data import check_sizes, decode_all
+from .devices import in_turn, on_main, start_processes
 from .errors import InputError
+from .images import ImageSet, to_network
 from .likelihood import BoundSums, Strata, bits_per_dim, noise_for
 from .loading import component_folder
 from .pipeline import DDPMPipeline
-from .run import in_turn
 from .sampling import load_pipeline
 from .sources import open_dataset
 

@@ -458,6 +458,11 @@ class TrainingConfig:
         return Path(self.output_dir or Path("out") / Path(self.recipe).stem)
 
     @property
+    def starts_afresh(self) -> bool:
+        """Whether to delete the run that stands in the folder."""
+        return self.overwrite_output_dir and not self.resume_from_checkpoint
+
+    @property
     def hub_repo(self) -> str:
         """Name of the repository on the Hub."""
         return self.hub_model_id or self.run_dir.resolve().name

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 
 from .config import TrainingConfig
 from .errors import InputError
@@ -104,6 +104,24 @@ def on_main(act: Callable[[], Any]) -> Any:
     if isinstance(answer, InputError):
         raise answer
     return answer
+
+
+def in_turn(processes: PartialState, load: Callable[[], Any]) -> Any:
+    """What `load` gives, in one process of a machine first: the others read the cache it leaves.
+
+    Raises:
+        InputError: that one process's, on every process, so that none waits for it.
+    """
+    loaded, problem = None, None
+    if processes.is_local_main_process:
+        try:
+            loaded = load()
+        except InputError as error:
+            problem = error
+    problems = [error for error in gather_object([problem]) if error]
+    if problems:
+        raise problem or problems[0]
+    return loaded if processes.is_local_main_process else load()
 
 
 CPU_CORE_WATTS = 10.0

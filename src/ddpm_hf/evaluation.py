@@ -26,15 +26,14 @@ from .bound import (
 from .card import dataset_of
 from .checkpoint import write_text
 from .config import TrainingConfig
-from .data import ImageSet, to_network
-from .devices import on_main
+from .devices import in_turn, on_main
 from .errors import InputError
+from .images import ImageSet, to_network
 from .inversion import noise_of_timestep
 from .likelihood import BoundSums, RateDistortion, Strata, noise_for, rate_distortion, vlb_terms
 from .pictures import save_image_grid
 from .pipeline import DDPMPipeline
 from .results import Result, add_results, read_record, read_results
-from .run import in_turn
 from .sources import find_held_out_split
 
 STRIP_IMAGES = 8

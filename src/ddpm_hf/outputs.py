@@ -15,9 +15,9 @@ from diffusers import UNet2DModel
 
 from .card import dataset_of, located, write_card
 from .checkpoint import EVALUATED, METRICS, list_checkpoints, read_metrics
-from .data import ImageSet, to_network
 from .functional import mix_seed
 from .hub import Pushed
+from .images import ImageSet, to_network
 from .logbook import LossWindow, loss_by_bucket, save_loss_curve
 from .losses import simple_loss
 from .pictures import save_image_grid

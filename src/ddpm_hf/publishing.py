@@ -10,7 +10,7 @@ from .checkpoint import CONFIG, METRICS
 from .hub import Pushed, files_to_push, push_to_hub
 from .origin import KEPT
 from .remote import checkpoint_repo, push_checkpoint
-from .run import Run, starts_afresh
+from .run import Run
 from .uploads import LAST_WAIT, freeze
 
 
@@ -66,7 +66,7 @@ def publish_checkpoint(run: Run, step: int) -> None:
         frozen,
         frozen / name,
         checkpoint_repo(run.config.hub_repo),
-        afresh=starts_afresh(run.config),
+        afresh=run.config.starts_afresh,
     )
     run.pushes.submit("checkpoint", name, push, partial(_delete, frozen))
 

@@ -34,14 +34,14 @@ from .checkpoint import (
     write_text,
 )
 from .checkpoint import save_checkpoint as write_checkpoint
-from .data import to_network
 from .devices import on_main
 from .ema import drop_snapshots, save_snapshot
 from .errors import InputError, Stopped, TrainingError
+from .images import to_network
 from .origin import KEPT, keep_origin
 from .pictures import save_image_grid
 from .publishing import finish_pushes, publish_checkpoint
-from .run import Run, same_command, starts_afresh
+from .run import Run, same_command
 from .stopping import UpdateGuard
 from .streaming import merge_states
 from .uploads import STOP_WAIT
@@ -60,11 +60,11 @@ def open_folder(run: Run) -> int:
         "trained_variance": config.variance_type if trained else "none",
         "data_fingerprint": run.stream.images.fingerprint(),
     }
-    if not starts_afresh(config):
+    if not config.starts_afresh:
         for line in compare_runs(run.directory, settings):
             accelerator.print(line)
     accelerator.wait_for_everyone()
-    if starts_afresh(config) and accelerator.is_main_process:
+    if config.starts_afresh and accelerator.is_main_process:
         clear_run(run.directory)
     accelerator.wait_for_everyone()
     folder = of_main(run, partial(choose_checkpoint, run))

@@ -73,7 +73,7 @@ class StreamedImages:
         size: (height, width) of a batch's images.
         channels: 1 or 3; deep: whether batches are float32. Decided by the first 64 images.
         skip: Whether images that cannot be decoded are passed over.
-        num_classes, class_names: As in `data.ImageSet`.
+        num_classes, class_names: As in `images.ImageSet`.
         probe: Hash of the first 64 images.
         num_threads: Threads that decode.
         corrupt: What could not be decoded so far, and why, by shard and row.
@@ -94,7 +94,7 @@ class StreamedImages:
 
     @property
     def faults(self) -> list[str]:
-        """What could not be decoded so far, as in `data.ImageSet`."""
+        """What could not be decoded so far, as in `images.ImageSet`."""
         return list(self.corrupt.values())
 
     def describe(self) -> str:
