@@ -9,16 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_hf.config import (
-    RANGES,
-    TrainingConfig,
-    field_names,
-    parse_command,
-    parse_config,
-    read_recipe,
-    recipe_names,
-)
+from ddpm_hf.commandline import parse_command, parse_config
+from ddpm_hf.config import RANGES, TrainingConfig, field_names
 from ddpm_hf.errors import InputError
+from ddpm_hf.recipe import RECIPES, read_recipe, recipe_names
 
 
 def test_without_anything_named_the_quick_recipe_runs():
@@ -244,7 +238,7 @@ def test_from_recipe_takes_settings_and_refuses_unknown_ones():
 def test_help_is_instant_and_names_every_flag():
     """The bound is the issue's; what makes it hold is that no torch is imported, checked first."""
     code = (
-        "import sys; from ddpm_hf.config import parse_config\n"
+        "import sys; from ddpm_hf.commandline import parse_config\n"
         "try: parse_config(['--help'])\n"
         "except SystemExit: pass\n"
         "assert not {'torch', 'diffusers'} & set(sys.modules)"
@@ -259,8 +253,6 @@ def test_help_is_instant_and_names_every_flag():
 
 def test_recipes_say_what_they_are():
     for name in recipe_names():
-        from ddpm_hf.config import RECIPES
-
         assert (RECIPES / f"{name}.yaml").read_text().startswith("# "), name
         assert read_recipe(name)
 
@@ -314,3 +306,28 @@ def test_a_learning_rate_that_muon_does_not_take_is_said():
         assert command.explain(config) == []
     config, command = parse_command(["--recipe", "cifar10", "--learning_rate", "1e-4"])
     assert command.explain(config) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("learning_rate: 1e-4", "learning_rate", 1e-4),
+        ("max_train_steps: '2e3'", "max_train_steps", 2000),
+        ("compile: no", "compile", "no"),
+        ("data_on_device: yes\ncompile: 'yes'", "data_on_device", "yes"),
+        ("mixed_precision: no", "mixed_precision", "no"),
+        ("resolution: 32", "resolution", "32"),
+        ("hub_model_id: '12'", "hub_model_id", "12"),
+    ],
+)
+def test_a_recipe_may_be_written_as_yaml_is(tmp_path, text, name, value):
+    """It reads 1e-4 as text and a bare no as false."""
+    (tmp_path / "mine.yaml").write_text(text)
+    config = TrainingConfig.from_recipe(str(tmp_path / "mine.yaml"))
+    assert (getattr(config, name), type(getattr(config, name))) == (value, type(value))
+
+
+def test_a_recipe_says_what_it_does_not_understand(tmp_path):
+    (tmp_path / "mine.yaml").write_text("learning_rate: fast")
+    with pytest.raises(InputError, match="learning_rate must be of type float; got 'fast'"):
+        TrainingConfig.from_recipe(str(tmp_path / "mine.yaml"))

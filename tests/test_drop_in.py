@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_hf.config import parse_command
+from ddpm_hf.commandline import parse_command
 
 from .conftest import REPOSITORY
 from .hub_server import run_client

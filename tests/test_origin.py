@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline, TrainingConfig, build_scheduler, train
-from ddpm_hf.config import parse_config, recipe_of_origin
+from ddpm_hf.commandline import parse_config
+from ddpm_hf.config import recipe_of_origin
 from ddpm_hf.errors import InputError
 from ddpm_hf.origin import settings_of_origin
 

@@ -7,7 +7,8 @@ import shlex
 import pytest
 
 from ddpm_hf.cli import main
-from ddpm_hf.config import parse_config, recipe_names
+from ddpm_hf.commandline import parse_config
+from ddpm_hf.recipe import recipe_names
 
 from .conftest import REPOSITORY
 

@@ -15,8 +15,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .checkpoint import CONFIG, write_text
-from .config import EMBEDDED, OF_THIS_MACHINE, PATHS, is_path
+from .config import EMBEDDED, OF_THIS_MACHINE, PATHS
 from .errors import InputError
+from .recipe import is_path
 from .results import Result, read_record, read_results
 
 TAGS = ["unconditional-image-generation", "ddpm", "ddpm_hf"]

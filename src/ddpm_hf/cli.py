@@ -20,7 +20,7 @@ from .errors import EXIT_FAILED, EXIT_INPUT, InputError, Stopped, TrainingError,
 
 def train_command(argv: list[str], prog: str = "ddpm-hf train") -> Any:
     """Train; the flags are the fields of TrainingConfig."""
-    from .config import parse_command
+    from .commandline import parse_command
 
     use_token(argv)
     config, command = parse_command(argv, prog)

@@ -1,12 +1,11 @@
 """TrainingConfig: every setting of a run, its default and reason, and how the layers combine.
 
-Layers, the later wins: defaults < preset < recipe file < flags. Each layer is turned into
-command-line words and parsed once, so that a type is checked in one place wherever a value comes
-from (YAML reads `1e-4` as text). Imports neither torch nor diffusers: `--help` is instant.
+Layers, the later wins: defaults < preset < recipe file < flags (`resolve`). Imports neither torch
+nor diffusers: `--help` is instant.
 """
 
-import re
 import typing
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +13,7 @@ from typing import Any, Literal
 from .errors import InputError, check_choice, did_you_mean
 from .origin import OF_ORIGIN, find_kept_origin, settings_of_origin
 from .presets import BETA_SCHEDULES, DEFAULT_PROCESS, PRESETS, beta_range, unet_config
-
-RECIPES = Path(__file__).parent / "recipes"
+from .recipe import is_path, read_recipe
 
 OF_THIS_MACHINE = (
     "output_dir", "logging_dir", "cache_dir", "overwrite_output_dir", "resume_from_checkpoint",
@@ -358,25 +356,8 @@ class TrainingConfig:
 
     def _check_types(self) -> None:
         """Convert what is meant (Path to text, 64 to "64", 1 to 1.0); refuse what cannot be."""
-        hints = typing.get_type_hints(type(self))
-        for f in fields(self):
-            value, hint = getattr(self, f.name), hints[f.name]
-            if typing.get_origin(hint) is Literal:
-                check_choice(f.name, value, typing.get_args(hint))
-                continue
-            kinds = [kind for kind in (bool, int, float, str) if hint in (kind, kind | None)]
-            if value is None and hint == kinds[0] | None:
-                continue
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            fits = {
-                bool: isinstance(value, bool),
-                int: is_number and value == int(value) if value == value else False,
-                float: is_number,
-                str: isinstance(value, (str, Path)) or (is_number and isinstance(value, int)),
-            }
-            if not fits[kinds[0]]:
-                raise InputError(f"{f.name} must be of type {kinds[0].__name__}; got {value!r}")
-            setattr(self, f.name, kinds[0](value))
+        for name, hint in typing.get_type_hints(type(self)).items():
+            setattr(self, name, _of_type(name, getattr(self, name), hint))
 
     def _check_combinations(self) -> None:
         """Raise InputError for settings that exclude each other, or are no words of ours."""
@@ -474,7 +455,7 @@ class TrainingConfig:
         Raises:
             InputError: an unknown recipe or setting, or a value of the wrong type.
         """
-        return parse_config(["--recipe", str(recipe), *as_words(settings, "from_recipe")])
+        return resolve({**settings, "recipe": str(recipe)}, "from_recipe")
 
     @classmethod
     def from_model(cls, name: str, **settings) -> "TrainingConfig":
@@ -489,7 +470,7 @@ class TrainingConfig:
         Raises:
             InputError: as `from_recipe`, or no model of that name.
         """
-        return parse_config(["--from", str(name), *as_words(settings, "from_model")])
+        return resolve({**settings, "init_from": str(name)}, "from_model")
 
 
 def field_names() -> list[str]:
@@ -497,16 +478,74 @@ def field_names() -> list[str]:
     return [f.name for f in fields(TrainingConfig)]
 
 
-def as_words(settings: dict[str, Any], source: str) -> list[str]:
-    """Settings as command-line words: {"seed": 1} -> ["--seed", "1"]. `source` is named in errors.
+def _of_type(name: str, value: Any, hint: Any) -> Any:
+    """A value in the type of its setting, where it is meant so. Raises InputError if it is not."""
+    if typing.get_origin(hint) is Literal:
+        check_choice(name, value, typing.get_args(hint))
+        return value
+    kind = next(kind for kind in (bool, int, float, str) if hint in (kind, kind | None))
+    if value is None and hint == kind | None:
+        return None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = {
+        bool: isinstance(value, bool),
+        int: is_number and value == int(value) if value == value else False,
+        float: is_number,
+        str: isinstance(value, (str, Path)) or (is_number and isinstance(value, int)),
+    }
+    if not fits[kind]:
+        raise InputError(f"{name} must be of type {kind.__name__}; got {value!r}")
+    return kind(value)
+
+
+def resolve(given: dict[str, Any], source: str) -> TrainingConfig:
+    """Settings on top of the layers below: defaults < preset < recipe file < given.
+
+    Without a recipe, `default` applies where an image set is named, and `fashion-quick` where
+    nothing is.
+
+    Args:
+        given: Settings; `recipe` is the name or path of a recipe, `init_from` that of a model.
+        source: Where they come from, for errors.
 
     Raises:
-        InputError: an unknown setting, with the nearest known one, or a value that is no single
-            word.
+        InputError: an unknown recipe or setting, or a value that does not fit.
     """
-    words = []
+    given = _layer(given, source)
+    names_data = given.get("dataset_name") or given.get("train_data_dir")
+    asked, origin = given.get("recipe"), given.get("init_from")
+    recipe = asked or ("default" if names_data else "fashion-quick")
+    settings = read_recipe(recipe) if asked or not origin else {}
+    if origin:
+        recipe = asked or f"from-{Path(origin).name}"
+        both = settings | given
+        afresh = both.get("overwrite_output_dir") and not both.get("resume_from_checkpoint")
+        kept, origin = find_kept_origin(origin, both.get("output_dir"), recipe, afresh=bool(afresh))
+        settings = recipe_of_origin(origin, kept, settings)
+        given["init_from"] = origin
+    if names_data:  # the user's images, not the recipe's
+        for name in ("dataset_name", "dataset_config_name", "train_data_dir"):
+            settings.pop(name, None)
+    if "num_epochs" in given and "max_train_steps" not in given:
+        settings.pop("max_train_steps", None)  # it would leave the epochs without effect
+    preset = given.get("preset") or str(settings.get("preset", "auto"))
+    check_choice("preset", preset, PRESETS)
+    below = _layer(PRESETS[preset].settings, f"preset {preset}")
+    below |= _layer(settings, f"recipe {recipe}")
+    config = TrainingConfig(**below | given | {"recipe": "default"})
+    config.recipe = recipe  # the constructor takes none: its settings are in the layers
+    return config
+
+
+def _layer(settings: dict[str, Any], source: str) -> dict[str, Any]:
+    """Settings by name, with what YAML reads in its own way as it is meant: 1e-4, yes and no.
+
+    Raises:
+        InputError: an unknown setting, with the nearest known one, or a value that is not single.
+    """
+    hints, meant = typing.get_type_hints(TrainingConfig), {}
     for name, value in settings.items():
-        if name not in field_names():
+        if name not in hints:
             raise InputError(
                 f"{source}: unknown setting {name!r}.{did_you_mean(name, field_names())}"
             )
@@ -514,47 +553,14 @@ def as_words(settings: dict[str, Any], source: str) -> list[str]:
             raise InputError(
                 f"{source}: {name} must be a number, text, true or false; got {value!r}"
             )
-        words += [f"--{name}", str(value)]
-    return words
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes in this package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """The settings in a recipe file of this package, by name, or in any YAML file, by path.
-
-    Raises:
-        InputError: no such recipe, or a file that is no mapping of settings.
-    """
-    import yaml
-
-    path = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name)
-    if not path.is_file():
-        raise InputError(
-            f"recipe {name!r} is neither a file nor one of {', '.join(recipe_names())}."
-            f"{did_you_mean(name, recipe_names())}"
-        )
-    try:
-        settings = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"recipe {path} is no valid YAML: {' '.join(str(error).split())}"
-        ) from error
-    if not isinstance(settings, dict):
-        raise InputError(
-            f"recipe {path} must hold `setting: value` lines; got {type(settings).__name__}"
-        )
-    if "recipe" in settings:
-        raise InputError(f"recipe {path} names another recipe; copy what it needs instead")
-    return settings
-
-
-def is_path(name: str) -> bool:
-    """Whether a name is a place on a disk, not an id on the Hub or a word of ours."""
-    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is None
+        kinds = {hints[name], *typing.get_args(hints[name])}
+        if isinstance(value, bool) and "no" in kinds:
+            value = "yes" if value else "no"
+        if isinstance(value, str) and kinds & {int, float}:
+            with suppress(ValueError):
+                value = float(value)
+        meant[name] = value
+    return meant
 
 
 def recipe_of_origin(name: str, source: Path | None, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -575,133 +581,3 @@ def recipe_of_origin(name: str, source: Path | None, recipe: dict[str, Any]) -> 
                 kept.pop(key, None)
     process = {key: kept[key] for key in OF_ORIGIN}
     return (recipe or kept) | process
-
-
-@dataclass
-class CommandLine:
-    """Flags that are no settings of a run: what one call does, and words of diffusers' script."""
-
-    dry_run: bool = arg(False, "Print the resolved configuration and stop.")
-    hub_token: str | None = arg(
-        None,
-        "Used for the calls of this process and never stored. Other users of this machine can read "
-        "it in the list of processes: `hf auth login` is safer.",
-    )
-    local_rank: int = arg(-1, "Without effect: launchers tell each process its rank.")
-    enable_xformers_memory_efficient_attention: bool = arg(
-        False, "Without effect: PyTorch's own attention is memory-efficient."
-    )
-    preserve_input_precision: bool = arg(
-        False, "Without effect: grey images of 16 or 32 bits always keep their precision."
-    )
-
-    given: frozenset[str] = field(default=frozenset(), init=False)
-    """Names of all flags on the command line."""
-
-    def explain(self, config: TrainingConfig) -> list[str]:
-        """A line for each flag given that has another effect than in diffusers' script."""
-        lines = [
-            f"--{f.name}: {f.metadata['help']}"
-            for f in fields(self)
-            if f.name not in ("dry_run", "given") and getattr(self, f.name) != f.default
-        ]
-        of_adam = [name for name in OF_ADAM if name in self.given]
-        chosen = {"optimizer", "muon_learning_rate"} & self.given
-        if of_adam and config.optimizer == "muon" and not chosen:
-            lines.append(
-                f"--{', --'.join(of_adam)}: not for the hidden convolutions, which Muon trains "
-                f"with --muon_learning_rate {config.muon_learning_rate}; --optimizer adamw is "
-                "diffusers' optimiser for all"
-            )
-        if config.hub_model_id and not (config.push_to_hub or config.push_checkpoints):
-            lines.append("--hub_model_id: without effect, since nothing is pushed")
-        if config.hub_private_repo and not config.push_to_hub:
-            lines.append("--hub_private_repo: without effect without --push_to_hub")
-        if config.dataset_name and config.train_data_dir:
-            lines.append("--train_data_dir: ignored, since --dataset_name is given")
-        if config.overwrite_output_dir and config.resume_from_checkpoint:
-            lines.append("--overwrite_output_dir: ignored beside --resume_from_checkpoint")
-        return lines
-
-
-def make_parser(prog: str):
-    """The parser of all flags; its errors are InputError, one line each."""
-    from transformers import HfArgumentParser
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> typing.NoReturn:
-            raise InputError(message)
-
-    return Parser(
-        [TrainingConfig, CommandLine],
-        allow_abbrev=False,
-        prog=prog,
-        description="Train a denoising diffusion model of images. Without flags: minutes on the "
-        f"embedded Fashion-MNIST images. Recipes: {', '.join(recipe_names())}.",
-    )
-
-
-def parse_config(argv: list[str]) -> TrainingConfig:
-    """Resolve command-line words into a configuration: see `parse_command`."""
-    return parse_command(argv)[0]
-
-
-def parse_command(
-    argv: list[str], prog: str = "train_accelerate.py"
-) -> tuple[TrainingConfig, CommandLine]:
-    """Resolve command-line words: defaults < preset < recipe file < flags.
-
-    Without a recipe, `default` applies where an image set is named, and `fashion-quick` where
-    nothing is.
-
-    Raises:
-        InputError: an unknown flag, recipe or setting, or a value that does not fit.
-        SystemExit: `--help`.
-    """
-    parser = make_parser(prog)
-    given = _given(argv)
-    names_data = given.get("dataset_name") or given.get("train_data_dir")
-    recipe = given.get("recipe") or ("default" if names_data else "fashion-quick")
-    origin = given.get("init_from")
-    settings = read_recipe(recipe) if given.get("recipe") or not origin else {}
-    if origin:
-        recipe = given.get("recipe") or f"from-{Path(origin).name}"
-        overwrites = given.get("overwrite_output_dir", "no").lower()
-        afresh = overwrites not in ("no", "false", "n", "f", "0")
-        afresh = afresh and "resume_from_checkpoint" not in given
-        kept, origin = find_kept_origin(origin, given.get("output_dir"), recipe, afresh=afresh)
-        settings = recipe_of_origin(origin, kept, settings)
-        argv = [*argv, "--init_from", origin]
-    if names_data:  # the user's images, not the recipe's
-        for name in ("dataset_name", "dataset_config_name", "train_data_dir"):
-            settings.pop(name, None)
-    if "num_epochs" in given and "max_train_steps" not in given:
-        settings.pop("max_train_steps", None)  # it would leave the epochs without effect
-    preset = given.get("preset") or str(settings.get("preset", "auto"))
-    check_choice("preset", preset, PRESETS)
-    words = as_words(PRESETS[preset].settings, f"preset {preset}")
-    words += as_words(settings, f"recipe {recipe}")
-    config, command, unknown = parser.parse_args_into_dataclasses(
-        # The constructor takes no recipe: its settings are in the words.
-        [*words, *argv, "--recipe", "default"],
-        return_remaining_strings=True,
-        look_for_args_file=False,
-    )
-    if unknown:
-        flag = unknown[0].split("=")[0].lstrip("-")
-        raise InputError(f"unknown flag {unknown[0]!r}.{did_you_mean(flag, field_names())}")
-    config.recipe = recipe
-    command.given = frozenset(given)
-    return config, command
-
-
-def _given(argv: list[str]) -> dict[str, str]:
-    """The flags of a command line with their values, before anything is checked."""
-    given = {}
-    for word, after in zip(argv, [*argv[1:], ""], strict=False):
-        flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        name = "init_from" if name == "from" else name
-        if flag.startswith("--"):
-            given[name] = value if equals else after
-    return given

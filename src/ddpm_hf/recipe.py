@@ -1,0 +1,48 @@
+"""Recipes: settings of a run in YAML files, those of this package and a user's own."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, did_you_mean
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes in this package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The settings in a recipe file of this package, by name, or in any YAML file, by path.
+
+    Raises:
+        InputError: no such recipe, or a file that is no mapping of settings.
+    """
+    import yaml
+
+    path = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name)
+    if not path.is_file():
+        raise InputError(
+            f"recipe {name!r} is neither a file nor one of {', '.join(recipe_names())}."
+            f"{did_you_mean(name, recipe_names())}"
+        )
+    try:
+        settings = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"recipe {path} is no valid YAML: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(settings, dict):
+        raise InputError(
+            f"recipe {path} must hold `setting: value` lines; got {type(settings).__name__}"
+        )
+    if "recipe" in settings:
+        raise InputError(f"recipe {path} names another recipe; copy what it needs instead")
+    return settings
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is a place on a disk, not an id on the Hub or a word of ours."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is None
