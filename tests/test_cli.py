@@ -124,6 +124,23 @@ def test_pngs_npy_and_npz_hold_the_same_images_whatever_the_batch(folder, tmp_pa
     assert zipfile.ZipFile(tmp_path / "x.npz").namelist() == ["arr_0.npy"]
 
 
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_sampling_that_is_interrupted_leaves_no_unfinished_file(folder, tmp_path, name):
+    pipe, calls, out = load_pipeline(str(folder)), [], tmp_path / "out"
+    out.mkdir()
+
+    def interrupt(*_):
+        calls.append(len(list(out.iterdir())))
+        if len(calls) == 3:  # in the second batch
+            raise KeyboardInterrupt
+
+    pipe.unet.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sample_to(out / name, pipe, 4, batch_size=2, num_inference_steps=2)
+    assert calls == [0, 0, 1]
+    assert not list(out.iterdir())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -50,6 +50,38 @@ def use_token(argv: list[str]) -> None:
 
 def sample_command(argv: list[str]) -> Any:
     """Sample images from a trained pipeline."""
+    parser = _sample_parser()
+    args = parser.parse_args(argv)
+    if args.output is None and args.grid is None:
+        parser.error("name what to write: --output, --grid or both")
+    from .sampling import load_pipeline, sample_to
+
+    pipe = load_pipeline(args.pipeline, args.scheduler)
+    all_steps = pipe.scheduler.config.num_train_timesteps
+    ancestral = type(pipe.scheduler).__name__ == "DDPMScheduler" and args.eta is None
+    ancestral = ancestral and args.solver_order == 1
+    default, given = all_steps if ancestral else min(50, all_steps), args.num_inference_steps
+    num_inference_steps = default if given is None else given
+    sample_to(
+        args.output,
+        pipe,
+        args.num_images,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        num_inference_steps=num_inference_steps,
+        class_label=args.class_label,
+        guidance_scale=args.guidance_scale,
+        eta=args.eta,
+        analytic=None if args.analytic is None else args.analytic == "yes",
+        solver_order=args.solver_order,
+        grid=args.grid,
+    )
+    print("\n".join(f"Wrote {path}" for path in (args.output, args.grid) if path))
+    return vars(args) | {"num_inference_steps": num_inference_steps}
+
+
+def _sample_parser() -> "_Parser":
+    """The flags of `ddpm-hf sample`."""
     parser = _Parser("ddpm-hf sample", description=sample_command.__doc__)
     add = parser.add_argument
     add("pipeline", metavar="REPO_OR_FOLDER", help="Hub id, or folder of a run.")
@@ -85,33 +117,7 @@ def sample_command(argv: list[str]) -> Any:
     )
     add("--output", help="Folder for PNGs, or a .npy or .npz file.")
     add("--grid", help="Picture of the first 64 images.")
-    args = parser.parse_args(argv)
-    if args.output is None and args.grid is None:
-        parser.error("name what to write: --output, --grid or both")
-    from .sampling import load_pipeline, sample_to
-
-    pipe = load_pipeline(args.pipeline, args.scheduler)
-    all_steps = pipe.scheduler.config.num_train_timesteps
-    ancestral = type(pipe.scheduler).__name__ == "DDPMScheduler" and args.eta is None
-    ancestral = ancestral and args.solver_order == 1
-    default, given = all_steps if ancestral else min(50, all_steps), args.num_inference_steps
-    num_inference_steps = default if given is None else given
-    sample_to(
-        args.output,
-        pipe,
-        args.num_images,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        num_inference_steps=num_inference_steps,
-        class_label=args.class_label,
-        guidance_scale=args.guidance_scale,
-        eta=args.eta,
-        analytic=None if args.analytic is None else args.analytic == "yes",
-        solver_order=args.solver_order,
-        grid=args.grid,
-    )
-    print("\n".join(f"Wrote {path}" for path in (args.output, args.grid) if path))
-    return vars(args) | {"num_inference_steps": num_inference_steps}
+    return parser
 
 
 def evaluate_command(argv: list[str]) -> Any:

@@ -2,6 +2,7 @@
 
 import zipfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import diffusers
@@ -132,7 +133,7 @@ def sample_to(
     writer = None
     shown: list[Image.Image] = []
     pipe.set_progress_bar_config(disable=True)
-    with tqdm(total=num_images, unit="image", desc="Sampling") as bar:
+    with tqdm(total=num_images, unit="image", desc="Sampling") as bar, ExitStack() as unfinished:
         for images in sample_batches(
             pipe,
             num_images,
@@ -149,11 +150,13 @@ def sample_to(
             shown += [Image.fromarray(image) for image in images[: 64 - len(shown)]]
             if output is not None:
                 # Only now: what the pipeline refuses leaves nothing behind.
-                writer = writer or _Writer(Path(output), shape)
+                if writer is None:
+                    writer = _Writer(Path(output), shape)
+                    unfinished.callback(writer.discard)
                 writer.write(images)
             bar.update(len(images))
-    if writer:
-        writer.close()
+        if writer:
+            writer.close()
     if grid is not None:
         save_image_grid(shown, grid)
 
@@ -194,6 +197,7 @@ class _Writer:
             return
         output.parent.mkdir(parents=True, exist_ok=True)
         self.partial = output.with_name(f".{output.name}.partial")
+        self.packed = output.with_name(f".{output.name}.zip")
         self.array = np.lib.format.open_memmap(self.partial, mode="w+", dtype=np.uint8, shape=shape)
 
     def write(self, images: np.ndarray) -> None:
@@ -209,8 +213,14 @@ class _Writer:
             return
         self.array.flush()
         if self.output.suffix == ".npz":
-            with zipfile.ZipFile(self.output, "w", zipfile.ZIP_DEFLATED) as archive:
+            with zipfile.ZipFile(self.packed, "w", zipfile.ZIP_DEFLATED) as archive:
                 archive.write(self.partial, "arr_0.npy")
-            self.partial.unlink()
+            self.packed.replace(self.output)
         else:
             self.partial.replace(self.output)
+
+    def discard(self) -> None:
+        """Leave no unfinished array behind; PNGs are whole, and stay."""
+        if self.array is not None:
+            self.partial.unlink(missing_ok=True)
+            self.packed.unlink(missing_ok=True)
