@@ -137,7 +137,8 @@ def test_order_is_by_number_and_strangers_are_ignored(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("limit", "left"), [(1, [3]), (2, [2, 3]), (5, [1, 2, 3]), (None, [1, 2, 3])]
+    ("limit", "left"),
+    [(1, [3]), (2, [2, 3]), (5, [1, 2, 3]), (0, [1, 2, 3]), (None, [1, 2, 3])],
 )
 def test_rotation_keeps_the_newest(tmp_path, limit, left):
     for step in (1, 2, 3):

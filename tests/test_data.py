@@ -2,10 +2,12 @@
 
 import io
 import tracemalloc
+from dataclasses import replace
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -774,3 +776,85 @@ def test_saved_splits_with_classes_are_found(tmp_path):
     assert (len(images), len(held), held.num_classes) == (3, 1, 2)
     with pytest.raises(InputError, match="held_out: the split 'dev' has the classes"):
         split(tmp_path / "other", ["a", "c"])
+
+
+@pytest.mark.parametrize("recipe", ["fashion-quick", "default"])
+def test_images_are_held_out_under_any_recipe(tmp_path, recipe):
+    """A copy of the settings by their constructor refused the recipe's name."""
+    for name, values in (("train", (1, 2, 3)), ("test", (8, 9))):
+        for value in values:
+            save_in = tmp_path / "x" / name
+            save_in.mkdir(parents=True, exist_ok=True)
+            save(save_in, f"{value}.png", np.full((8, 8), value, np.uint8))
+    config = TrainingConfig.from_recipe(
+        recipe, train_data_dir=tmp_path / "x", resolution=8, preset="auto", held_out=0.5
+    )
+    images, held = split_held_out(config, load_images(config))
+    assert (greys(images), greys(held), config.split) == ([1, 2, 3], [8, 9], "train")
+
+
+@pytest.mark.parametrize("names", [("train", "bus", "car"), ("training", "resting")])
+def test_a_class_that_is_called_like_a_split_is_not_taken_for_one(tmp_path, names):
+    """All images but that class's were left out without a word."""
+    for name in names:
+        (tmp_path / "x" / name).mkdir(parents=True)
+        save(tmp_path / "x" / name, "a.png", np.zeros((8, 8), np.uint8))
+    with pytest.raises(InputError, match=f"sub-folder '{names[0]}', which is the word for a split"):
+        load(tmp_path / "x")
+    (tmp_path / "x" / names[0]).rename(tmp_path / "x" / "trains")
+    assert len(load(tmp_path / "x")) == len(names)
+
+
+def test_a_folder_without_images_says_what_is_there(tmp_path):
+    (tmp_path / "x").mkdir()
+    with pytest.raises(InputError, match="no file of an image that `datasets` knows; it is empty"):
+        load(tmp_path / "x")
+    for name in ("a.heic", "b.heic", "notes.txt"):
+        (tmp_path / "x" / name).write_bytes(b"?")
+    with pytest.raises(InputError, match=r"its files end in .heic \(2\), .txt \(1\)"):
+        load(tmp_path / "x")
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("with_paths", [False, True])
+def test_a_parquet_file_of_files_as_bytes(tmp_path, large, with_paths):
+    """As pandas and others write them, who know nothing of `datasets`."""
+    binary = pa.large_binary() if large else pa.binary()
+    files = []
+    for value in (3, 5):
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((8, 8), value, np.uint8)).save(buffer, "png")
+        files.append(buffer.getvalue())
+    column = pa.array(files, binary)
+    if with_paths:
+        column = pa.StructArray.from_arrays([column, pa.array(["a", "b"])], ["bytes", "path"])
+    table = pa.table({"picture": column, "number": pa.array([1, 2])})
+    pq.write_table(table, tmp_path / "x.parquet")
+    for wanted in (None, "picture"):
+        config = TrainingConfig(
+            dataset_name=str(tmp_path / "x.parquet"), resolution="8", image_column=wanted
+        )
+        assert greys(load_images(config)) == [3, 5]
+    with pytest.raises(InputError, match="image_column must be one of the image columns"):
+        load_images(replace(config, image_column="number"))
+
+
+def test_an_empty_split_is_one_clear_line(tmp_path):
+    saved_part([1, 2]).save_to_disk(tmp_path / "saved")
+    config = TrainingConfig(dataset_name=str(tmp_path / "saved"), split="train[:0]", resolution="8")
+    with pytest.raises(InputError, match="the image set has no images: its split is empty"):
+        load_images(config)
+
+
+def test_numbers_that_are_no_classes_make_no_huge_network(tmp_path):
+    path = labelled(tmp_path / "x.parquet", [5, 10**6, 2 * 10**6], datasets.Value("int64"))
+    with pytest.raises(InputError, match="reach 2000000 in 3 images: they are no classes"):
+        classes(path)
+
+
+def test_twelve_bits_in_files_of_sixteen_are_noticed(tmp_path):
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    folder = save(tmp_path / "dark", "a.png", values * 65)  # up to 4095
+    assert load(folder).brightest == pytest.approx(4095 / 65535, rel=1e-3)  # bicubic of none
+    assert load(save(tmp_path / "bright", "a.png", values * 1040)).brightest > 0.9
+    assert load(save(tmp_path / "bytes", "a.png", np.full((8, 8), 51, np.uint8))).brightest == 0.2

@@ -61,7 +61,11 @@ def test_a_global_batch_that_does_not_divide_is_refused():
             "FSDP shards over several processes, and this run has one",
         ),
         (
-            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"},
+            {
+                "ACCELERATE_MIXED_PRECISION": "no",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "29500",
+            },
             "asked for several processes, and one takes part",
         ),
     ],
@@ -122,3 +126,9 @@ def test_one_process_starts_on_what_there_is():
     state = start_processes(config())
     assert state.num_processes == 1
     assert (state.device.type == "cpu") == (not torch.accelerator.is_available())
+
+
+def test_an_address_that_a_site_exports_asks_for_no_second_process(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as `accelerate launch` does
+    assert start_processes(config(optimizer="adamw")).num_processes == 1

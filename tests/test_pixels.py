@@ -10,6 +10,7 @@ from ddpm_hf.pixels import (
     crop_equal,
     crop_on_device,
     deep_to_unit,
+    encoded_size,
     flatten_transparency,
     luma,
     resize_to_cover,
@@ -124,3 +125,18 @@ def test_luma_is_pillows_within_a_rounding():
 def test_the_luma_of_an_image_does_not_depend_on_its_company():
     many = images((3, 7, 5), 50)
     assert np.array_equal(luma(many), np.stack([luma(image) for image in many]))
+
+
+def test_one_bit_with_a_transparent_value_is_put_on_the_background():
+    image = Image.new("1", (2, 2), 0)
+    image.info["transparency"] = 0
+    assert flatten_transparency(image, (255, 255, 255)).getpixel((0, 0)) in (255, (255,) * 3)
+
+
+def test_the_size_of_a_file_is_that_of_the_picture_as_it_is_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (8, 16)).save(tmp_path / "a.jpg", exif=exif)
+    Image.new("RGB", (8, 16)).save(tmp_path / "b.jpg")
+    sizes = [encoded_size({"path": str(tmp_path / n), "bytes": None}) for n in ("a.jpg", "b.jpg")]
+    assert sizes == [(8, 16), (16, 8)]

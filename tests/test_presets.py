@@ -175,3 +175,21 @@ def test_a_process_of_a_learned_variance_and_named_classes_survives_stock(tmp_pa
 
 def test_a_process_without_names_has_no_such_key():
     assert build_scheduler().extras == {"format": 1}
+
+
+@pytest.mark.parametrize(
+    ("resolution", "example"),
+    [((65, 65), "64x64"), ((255, 255), "240x240"), ((100, 100), "96x96"), ((50, 50), "48x48")],
+)
+def test_a_resolution_that_leaves_the_network_no_levels_is_refused(resolution, example):
+    """Attention in the middle of 255 x 255 pixels, and a view of parts of the image only."""
+    with pytest.raises(InputError, match=f"cannot be halved .* for example {example}"):
+        unet_config(resolution=resolution)
+
+
+def test_without_a_null_class_there_are_as_many_embeddings_as_classes():
+    config = unet_config(resolution=(32, 32), num_classes=3, null_class=False)
+    assert config["num_class_embeds"] == 3
+    scheduler = build_scheduler(null_class=False)
+    assert scheduler.extras["null_class"] is False
+    assert "null_class" not in build_scheduler().extras

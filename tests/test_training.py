@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -756,3 +757,50 @@ def test_any_split_over_processes_draws_the_same_noise_and_timesteps(quick_setti
 
     assert len(set(rows(1, 8, 1))) == 8
     assert rows(1, 8, 1) == rows(2, 4, 1) == rows(2, 2, 2) == rows(4, 2, 1) == rows(1, 2, 4)
+
+
+def test_two_processes_do_not_train_in_one_folder(quick_settings, monkeypatch):
+    monkeypatch.setattr("ddpm_hf.checkpoint.LOCK_SECONDS", 0.1)
+    out = run(quick_settings, max_train_steps=2).output_dir
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    other = FileLock(out / ".lock")
+    with other, pytest.raises(InputError, match="another process trains in .*wait for its end"):
+        run(quick_settings, max_train_steps=4)
+    (out / ".lock").unlink()
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert run(quick_settings, max_train_steps=4).step == 4
+    assert not (out / ".lock").exists()
+
+
+def test_classes_that_are_never_hidden_have_no_guidance(quick_settings):
+    result = run(quick_settings, class_conditional=True, class_dropout_prob=0.0)
+    pipe = DDPMPipeline.from_pretrained(result.output_dir)
+    assert (pipe.num_classes, pipe.unet.config.num_class_embeds) == (10, 10)
+    assert len(pipe(2, num_inference_steps=2, class_labels=[0, 9]).images) == 2
+    with pytest.raises(InputError, match="guidance"):
+        pipe(2, num_inference_steps=2, class_labels=0, guidance_scale=3.0)
+
+
+def test_the_bound_of_grey_levels_is_not_trained_on_deeper_images(quick_settings, tmp_path):
+    deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    (tmp_path / "deep").mkdir()
+    for i in range(8):
+        Image.fromarray(deep).save(tmp_path / "deep" / f"{i}.png")
+    settings = {**quick_settings, "dataset_name": str(tmp_path / "deep"), "split": "train"}
+    with pytest.raises(InputError, match="loss vlb is the bound of 256 grey levels"):
+        run(settings, loss="vlb")
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_images_that_cannot_be_decoded_are_named(quick_settings, tmp_path, capsys):
+    for name in ("train", "test"):
+        (tmp_path / "x" / name).mkdir(parents=True)
+        for i in range(4):
+            image = Image.fromarray(np.full((8, 8), 60 * i, np.uint8))
+            image.save(tmp_path / "x" / name / f"{i}.png")
+    (tmp_path / "x" / "test" / "bad.png").write_bytes(b"no picture")
+    settings = {**quick_settings, "dataset_name": str(tmp_path / "x"), "split": "train"}
+    run(settings, held_out=0.1, corrupt_images="skip", max_train_steps=1)
+    said = capsys.readouterr().out
+    assert "Skipped a held-out image that cannot be decoded" in said
+    assert "bad.png" in said

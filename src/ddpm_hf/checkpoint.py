@@ -19,11 +19,13 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, optim
@@ -32,6 +34,9 @@ from .config import TrainingConfig
 from .errors import InputError
 
 CONFIG, METRICS, MANIFEST = "config.json", "metrics.jsonl", "manifest.json"
+LOCK, LOCK_SECONDS = ".lock", 10
+"""A file in the folder of a run, and how long the next start waits for one that is ending."""
+
 NAME = re.compile(r"checkpoint-(\d+)")
 EVALUATED = (
     "rate_distortion.json", "rate_distortion.png", "reconstructions.png", "shared_latents.png"
@@ -159,7 +164,7 @@ def clear_leftovers(run_dir: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one piece: whoever reads it finds the old text or the new."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     flush(partial)
     partial.replace(path)
 
@@ -272,8 +277,8 @@ def set_aside(run_dir: Path, step: int) -> list[str]:
 
 
 def rotate(run_dir: Path, limit: int | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`."""
-    if limit is not None:
+    """Delete the oldest checkpoints beyond `limit`; without one, None or 0, keep all."""
+    if limit:
         for folder in list_checkpoints(run_dir)[:-limit]:
             shutil.rmtree(folder)
 
@@ -352,10 +357,34 @@ def read_settings(directory: Path) -> dict[str, Any] | None:
 def check_folder(directory: Path) -> None:
     """Raise InputError if a folder holds something, and that is no run of ours."""
     there = set(directory.iterdir()) if directory.exists() else set()
-    if there - set(leftovers(directory)) and read_settings(directory) is None:
+    if there - {directory / LOCK, *leftovers(directory)} and read_settings(directory) is None:
         raise InputError(
             f"output_dir {directory} is not empty and holds no run of ddpm_hf: name another folder"
         )
+
+
+def lock_folder(directory: Path) -> FileLock:
+    """Make the folder of a run, and let no other process train in it while this one holds the lock.
+
+    Raises:
+        InputError: one does, and has not ended within LOCK_SECONDS.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / LOCK)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        raise InputError(
+            f"another process trains in {directory}: wait for its end, or name another --output_dir"
+        ) from error
+    return lock
+
+
+def unlock_folder(lock: FileLock) -> None:
+    """Let other processes train in the folder, and leave no file of the lock."""
+    with suppress(OSError):  # Windows deletes no open file
+        Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 def compare_runs(directory: Path, settings: dict[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ import argparse
 import typing
 from dataclasses import dataclass, field, fields
 
-from .config import OF_ADAM, TrainingConfig, arg, field_names, resolve
+from .config import EMBEDDED, OF_ADAM, TrainingConfig, arg, field_names, resolve
 from .errors import InputError, did_you_mean
 from .recipe import recipe_names
 
@@ -24,7 +24,8 @@ class CommandLine:
         False, "Without effect: PyTorch's own attention is memory-efficient."
     )
     preserve_input_precision: bool = arg(
-        False, "Without effect: grey images of 16 or 32 bits always keep their precision."
+        False,
+        "Without effect: grey images of 16 bits and floats in [0, 1] keep their precision anyway.",
     )
 
     given: frozenset[str] = field(default=frozenset(), init=False)
@@ -45,15 +46,41 @@ class CommandLine:
                 f"with --muon_learning_rate {config.muon_learning_rate}; --optimizer adamw is "
                 "diffusers' optimiser for all"
             )
-        if config.hub_model_id and not (config.push_to_hub or config.push_checkpoints):
-            lines.append("--hub_model_id: without effect, since nothing is pushed")
-        if config.hub_private_repo and not config.push_to_hub:
-            lines.append("--hub_private_repo: without effect without --push_to_hub")
-        if config.dataset_name and config.train_data_dir:
-            lines.append("--train_data_dir: ignored, since --dataset_name is given")
-        if config.overwrite_output_dir and config.resume_from_checkpoint:
-            lines.append("--overwrite_output_dir: ignored beside --resume_from_checkpoint")
-        return lines
+        unread = unread_settings(config)
+        return lines + [
+            f"--{name}: without effect, {unread[name]}" for name in unread if name in self.given
+        ]
+
+
+def unread_settings(config: TrainingConfig) -> dict[str, str]:
+    """The settings that a run with these settings does not read, and why."""
+    name = config.dataset_name
+    no_configurations = not name or name == EMBEDDED or name.endswith(".parquet")
+    pushes = config.push_to_hub or config.push_checkpoints
+    no_average = "beside --use_ema false"
+    reasons = {
+        "dataset_config_name": no_configurations and "a folder or a file has no configurations",
+        "train_data_dir": name and "since --dataset_name is given",
+        "snr_gamma": config.loss == "vlb" and "the bound has weights of its own",
+        "class_dropout_prob": not config.class_conditional and "without --class_conditional",
+        "held_out_steps": not config.held_out and "without --held_out",
+        "gradient_accumulation_steps": config.global_batch_size
+        and f"it follows from the global batch of {config.global_batch_size}",
+        "num_epochs": config.max_train_steps and "beside --max_train_steps",
+        "muon_learning_rate": config.optimizer != "muon" and "without --optimizer muon",
+        "muon_momentum": config.optimizer != "muon" and "without --optimizer muon",
+        "lr_warmup_steps": config.lr_scheduler == "constant" and "the rate is constant",
+        "ema_inv_gamma": not config.use_ema and no_average,
+        "ema_power": not config.use_ema and no_average,
+        "ema_max_decay": not config.use_ema and no_average,
+        "ema_min_decay": not config.use_ema and no_average,
+        "ema_snapshot_steps": not config.ema_profiles and "without --ema_profiles",
+        "overwrite_output_dir": config.resume_from_checkpoint and "beside --resume_from_checkpoint",
+        "save_images_epochs": config.save_images_steps and "beside --save_images_steps",
+        "hub_model_id": not pushes and "nothing is pushed",
+        "hub_private_repo": not config.push_to_hub and "without --push_to_hub",
+    }
+    return {name: why for name, why in reasons.items() if why}
 
 
 def make_parser(prog: str):

@@ -7,6 +7,7 @@ nor diffusers: `--help` is instant.
 import typing
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,14 @@ OF_THIS_MACHINE = (
 OF_SPEED = ("mixed_precision", "memory_format", "compile")
 """Settings that a probe of this machine decides."""
 
+OF_IMAGES = (
+    "dataset_name", "dataset_config_name", "train_data_dir", "split", "image_column", "label_column"
+)  # fmt: skip
+"""Settings that say which images to train on: those of a recipe go where others are named."""
+
+OF_READING = ("streaming", "held_out", "corrupt_images", "data_on_device", "dataloader_num_workers")
+"""Settings of how a model's own images were read."""
+
 PATHS = ("dataset_name", "train_data_dir", "model_config_name_or_path", "init_from", "recipe")
 """Settings that may be paths."""
 
@@ -40,6 +49,8 @@ LR_SCHEDULERS = (
 
 INFINITY = float("inf")
 _ANY, _COUNT, _FRACTION = (0, INFINITY), (1, INFINITY), (0, 1)
+MAY_BE_EMPTY = ("ema_profiles", "resume_from_checkpoint")
+
 RANGES: dict[str, tuple[float, float]] = {
     "dataloader_num_workers": _ANY,
     "ddpm_num_steps": (2, INFINITY),
@@ -62,9 +73,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "ema_power": _ANY,
     "ema_max_decay": _FRACTION,
     "ema_min_decay": _FRACTION,
-    "seed": _ANY,
+    "seed": (0, 2**63 - 1),
     "checkpointing_steps": _COUNT,
-    "checkpoints_total_limit": _COUNT,
+    "checkpoints_total_limit": _ANY,
     "save_images_epochs": _ANY,
     "save_model_epochs": _ANY,
     "eval_batch_size": _COUNT,
@@ -144,7 +155,8 @@ class TrainingConfig:
     random_flip: bool = arg(False, "Flip images left to right at random.")
     image_mode: Literal["auto", "L", "RGB"] = arg(
         "auto",
-        "Train on grey (L) or colour (RGB) images; auto is RGB as soon as one image has colour.",
+        "Train on grey (L) or colour (RGB) images; auto is RGB as soon as one file is of a colour "
+        "mode, as many files of grey pictures are.",
     )
     background: str = arg("white", "Colour put behind transparent images: a name or #rrggbb.")
     corrupt_images: Literal["raise", "skip"] = arg(
@@ -182,7 +194,7 @@ class TrainingConfig:
     class_dropout_prob: float = arg(
         0.1,
         "How often a class is hidden in training, which classifier-free guidance needs (Ho & "
-        "Salimans 2022).",
+        "Salimans 2022); 0 trains a network without it.",
     )
 
     # Process and objective. v-prediction with the cosine schedule stays stable under every sampler
@@ -299,7 +311,7 @@ class TrainingConfig:
         None, "`latest`, or a checkpoint's folder. The same command run again continues by itself."
     )
     checkpointing_steps: int = arg(500, "Save the state of training every so many optimiser steps.")
-    checkpoints_total_limit: int | None = arg(2, "Keep so many checkpoints, the newest.")
+    checkpoints_total_limit: int | None = arg(2, "Keep so many checkpoints, the newest; 0: all.")
     save_images_epochs: int = arg(
         10, "Save a grid of samples every so many epochs, and at the end; 0: at the end."
     )
@@ -351,6 +363,8 @@ class TrainingConfig:
         self._check_ranges()
         if self.model_config_name_or_path is None:
             unet_config(self.preset, resolution=self.image_size)
+        if self.ddpm_beta_schedule == "squaredcos_cap_v2":
+            self.ddpm_beta_schedule = "cosine"  # one schedule, one word
         beta_range(self.ddpm_beta_schedule, self.ddpm_num_steps)
         self._check_combinations()
 
@@ -365,6 +379,10 @@ class TrainingConfig:
             raise InputError(
                 "init_from alone takes neither recipe nor network from a model: use "
                 f"TrainingConfig.from_model({self.init_from!r}, ...)"
+            )
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= 1e-7:
+            raise InputError(
+                f"lr_scheduler polynomial ends at 1e-7; learning_rate {self.learning_rate} is below"
             )
         if self.push_steps and not self.push_to_hub:
             raise InputError("push_steps has no effect without --push_to_hub: add it")
@@ -398,8 +416,9 @@ class TrainingConfig:
         """Raise InputError for the first number out of range."""
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
+            if value is not None and (value == INFINITY or not low <= value <= high):
                 limit = f"between {low} and {high}" if high < INFINITY else f"at least {low}"
+                limit += " and finite" * (value == INFINITY)
                 raise InputError(f"{name} must be {limit}; got {value}")
         if self.ddpm_num_inference_steps > self.ddpm_num_steps:
             raise InputError(
@@ -486,15 +505,18 @@ def _of_type(name: str, value: Any, hint: Any) -> Any:
     kind = next(kind for kind in (bool, int, float, str) if hint in (kind, kind | None))
     if value is None and hint == kind | None:
         return None
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     fits = {
         bool: isinstance(value, bool),
-        int: is_number and value == int(value) if value == value else False,
-        float: is_number,
-        str: isinstance(value, (str, Path)) or (is_number and isinstance(value, int)),
+        int: whole or (number and float(value).is_integer()),
+        float: number,
+        str: isinstance(value, (str, Path)) or whole,
     }
     if not fits[kind]:
         raise InputError(f"{name} must be of type {kind.__name__}; got {value!r}")
+    if value == "" and name not in MAY_BE_EMPTY:
+        raise InputError(f"{name} is empty: give it a value, or leave it out")
     return kind(value)
 
 
@@ -512,7 +534,7 @@ def resolve(given: dict[str, Any], source: str) -> TrainingConfig:
         InputError: an unknown recipe or setting, or a value that does not fit.
     """
     given = _layer(given, source)
-    names_data = given.get("dataset_name") or given.get("train_data_dir")
+    names_data = bool({"dataset_name", "train_data_dir"} & given.keys())
     asked, origin = given.get("recipe"), given.get("init_from")
     recipe = asked or ("default" if names_data else "fashion-quick")
     settings = read_recipe(recipe) if asked or not origin else {}
@@ -523,8 +545,8 @@ def resolve(given: dict[str, Any], source: str) -> TrainingConfig:
         kept, origin = find_kept_origin(origin, both.get("output_dir"), recipe, afresh=bool(afresh))
         settings = recipe_of_origin(origin, kept, settings)
         given["init_from"] = origin
-    if names_data:  # the user's images, not the recipe's
-        for name in ("dataset_name", "dataset_config_name", "train_data_dir"):
+    if names_data:  # the user's images, not those of the recipe or the model
+        for name in (*OF_IMAGES, *(OF_READING if origin and not asked else ())):
             settings.pop(name, None)
     if "num_epochs" in given and "max_train_steps" not in given:
         settings.pop("max_train_steps", None)  # it would leave the epochs without effect

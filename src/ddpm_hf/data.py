@@ -10,6 +10,7 @@ images: the order of an epoch is a keyed permutation, computed place by place.
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,9 @@ HELD_OUT_KEY = (0, 9)
 
 HELD_OUT_MOST = 2000
 """So many images of a test split are enough: the loss is measured every few hundred steps."""
+
+MOST_UNNAMED = 1000
+"""Classes without names that a smaller set may have, before their numbers are taken for ids."""
 
 FEISTEL_ROUNDS = 8
 """Four are enough for a large domain (Luby & Rackoff 1988); small ones need more."""
@@ -91,6 +95,8 @@ def decode_all(source: datasets.Dataset, config: TrainingConfig) -> ImageSet:
     """Every row through `decode_row`, once: cached by its arguments and the data."""
     import datasets
 
+    if not len(source):
+        raise InputError("the image set has no images: its split is empty")
     label_column = None
     if config.class_conditional:
         label_column = find_label_column(source.features, config.label_column)
@@ -201,7 +207,13 @@ def count_classes(table: datasets.Dataset, feature: datasets.Features) -> int:
         if len(wrong):
             check_label(chunk[wrong[0]].as_py(), named, f"row {first + wrong[0]}")
         first += len(chunk)
-    return named or pc.max(column).as_py() + 1
+    classes = named or pc.max(column).as_py() + 1
+    if not named and classes > max(len(table), MOST_UNNAMED):
+        raise InputError(
+            f"the numbers of the label column reach {classes - 1} in {len(table)} images: they are "
+            "no classes 0, 1, 2, ...; name another column with --label_column"
+        )
+    return classes
 
 
 def split_held_out(config: TrainingConfig, images: Any) -> tuple[Any, ImageSet | None]:
@@ -221,7 +233,9 @@ def split_held_out(config: TrainingConfig, images: Any) -> tuple[Any, ImageSet |
         return images, None
     split = find_held_out_split(config)
     if split is not None:
-        return images, load_held_out(replace(config, split=split), images)
+        config = copy(config)  # a copy by its constructor would lose the recipe
+        config.split = split
+        return images, load_held_out(config, images)
     if config.streaming:
         raise InputError(
             "held_out of a stream is its test or validation split, and this set has neither: leave "

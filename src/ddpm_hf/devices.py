@@ -77,12 +77,14 @@ def _check_processes(there: int) -> None:
     """Raise InputError where the launcher was asked for more processes than take part."""
     asked = int(os.environ.get("WORLD_SIZE", 1))
     # `accelerate launch --cpu --num_processes 2` sets an address to meet at and starts one process.
-    lonely = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
+    sets = {"MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"}
+    lonely = sets <= os.environ.keys()
     if there == 1 and (asked > 1 or (lonely and "WORLD_SIZE" not in os.environ)):
         raise InputError(
             f"the launcher was asked for {asked if asked > 1 else 'several'} processes, and one "
             "takes part. On a CPU use torchrun --nproc_per_node 2 train_accelerate.py ...; without "
-            "a launcher every process needs RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
+            "a launcher every process needs RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, "
+            "MASTER_PORT, and one process alone needs none of them"
         )
 
 

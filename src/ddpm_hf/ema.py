@@ -246,7 +246,7 @@ def list_snapshots(run_dir: Path) -> list[Snapshot]:
             snapshot = Snapshot(
                 path, int(about["step"]), float(about["sigma_rel"]), float(about["gamma"])
             )
-        except (SafetensorError, KeyError, TypeError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is no snapshot of an average: delete it") from error
         snapshots.append(snapshot)
     return sorted(snapshots, key=lambda snapshot: (snapshot.step, snapshot.sigma_rel))

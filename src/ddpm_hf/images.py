@@ -133,6 +133,13 @@ class ImageSet:
         return bool(self._span("deep")[1])
 
     @cached_property
+    def brightest(self) -> float:
+        """The largest value of 64 images spread over the set, as a share of white."""
+        spread = np.unique(np.linspace(0, len(self) - 1, 64).round().astype(int)).tolist()
+        largest = max(float(self.pixels(i).max()) for i in spread)
+        return (largest + 1) / 2 if self.deep else largest / 255
+
+    @cached_property
     def shape(self) -> tuple[int, int, int] | None:
         """(channels, height, width) where it and the depth are those of all images, or None."""
         spans = [self._span(name) for name in SHAPE]

@@ -38,6 +38,7 @@ def build_network(config: TrainingConfig, images: ImageSet | StreamedImages) -> 
         image_channels=images.channels,
         dropout=config.dropout,
         num_classes=images.num_classes,
+        null_class=config.class_dropout_prob > 0,
         learned_variance=config.variance_type == "learned_range",
     )
 

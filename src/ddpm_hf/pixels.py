@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
-DECODER_VERSION = 2
+DECODER_VERSION = 3
 """Part of the cache key: raise it when `decode_row` or what it calls changes its result."""
 
 SHAPE = ("channels", "height", "width", "deep")
@@ -25,7 +25,7 @@ def flatten_transparency(image: Image.Image, background: tuple[int, int, int]) -
         return image
     if image.mode in ("L", "RGB") and not has_key:
         return image
-    if image.mode == "1":
+    if image.mode == "1" and not has_key:
         return image.convert("L")
     grey = image.mode in ("L", "LA", "La") and len(set(background)) == 1
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or has_key:
@@ -52,7 +52,8 @@ def encoded_size(cell: dict[str, Any] | None) -> tuple[int, int] | None:
     try:
         content = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
         with Image.open(content) as image:
-            return image.height, image.width
+            sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (image.width, image.height) if sideways else (image.height, image.width)
     except Exception:  # noqa: BLE001  whatever it is, `decode_row` names it
         return None
 

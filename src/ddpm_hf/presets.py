@@ -153,6 +153,9 @@ def auto_levels(resolution: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int
         and all(side % 2 ** len(sides) == 0 for side in resolution)
     ):
         sides.append(sides[-1] // 2)
+    if sides[-1] > 16 and len(sides) < 6:  # attention in the middle, and a view of parts only
+        wanted = next(times for times in range(6) if sides[0] / 2**times <= 16 or times == 5)
+        check_halving("--preset auto", resolution, wanted)
     return AUTO_CHANNELS[len(sides)], tuple(i for i, side in enumerate(sides) if 8 < side <= 16)
 
 
@@ -176,6 +179,7 @@ def unet_config(
     dropout: float | None = None,
     learned_variance: bool = False,
     num_classes: int | None = None,
+    null_class: bool = True,
 ) -> dict:
     """Arguments of UNet2DModel for a preset.
 
@@ -185,8 +189,8 @@ def unet_config(
         image_channels: 1 for grey, 3 for RGB.
         dropout: The preset's own by default.
         learned_variance: Twice the output channels: the prediction and a variance.
-        num_classes: Condition on so many classes, and on one more, the null class, which stands for
-            any of them; it is the last.
+        num_classes: Condition on so many classes.
+        null_class: And on one more, the last, which stands for any of them.
 
     Raises:
         InputError: unknown preset, no resolution for `auto`, or a resolution that the levels cannot
@@ -205,7 +209,7 @@ def unet_config(
     kinds = ["Attn" if level in attention else "" for level in range(len(channels))]
     return dict(
         row.blocks,
-        **_of_images(resolution, image_channels, learned_variance, num_classes),
+        **_of_images(resolution, image_channels, learned_variance, num_classes, null_class),
         block_out_channels=channels,
         down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
         up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
@@ -218,6 +222,7 @@ def _of_images(
     image_channels: int,
     learned_variance: bool,
     num_classes: int | None,
+    null_class: bool,
 ) -> dict:
     """The arguments of UNet2DModel that follow from the images and the variance."""
     height, width = resolution
@@ -225,7 +230,7 @@ def _of_images(
         sample_size=height if height == width else [height, width],
         in_channels=image_channels,
         out_channels=image_channels * (2 if learned_variance else 1),
-        num_class_embeds=None if num_classes is None else num_classes + 1,
+        num_class_embeds=None if num_classes is None else num_classes + null_class,
     )
 
 
@@ -237,14 +242,15 @@ def load_unet_config(
     dropout: float | None = None,
     learned_variance: bool = False,
     num_classes: int | None = None,
+    null_class: bool = True,
 ) -> dict:
     """Arguments of a UNet2DModel from a file, but for what the images and the variance decide.
 
     Args:
         name: Id of a repository on the Hub, a folder, or a file of JSON, as
             `UNet2DModel.save_config` writes it; or a pipeline, whose network is in `unet`.
-        resolution, image_channels, learned_variance, num_classes: As in `unet_config`, in place of
-            the file's.
+        resolution, image_channels, learned_variance, num_classes, null_class: As in `unet_config`,
+            in place of the file's.
         dropout: The file's own by default.
 
     Raises:
@@ -273,7 +279,7 @@ def load_unet_config(
         )
     if "block_out_channels" in config:
         check_halving(repr(name), resolution, len(config["block_out_channels"]) - 1)
-    config |= _of_images(resolution, image_channels, learned_variance, num_classes)
+    config |= _of_images(resolution, image_channels, learned_variance, num_classes, null_class)
     config["class_embed_type"] = None  # another way to condition, which we do not train
     return config if dropout is None else config | dict(dropout=dropout)
 
@@ -358,7 +364,11 @@ def beta_range(schedule: str, num_timesteps: int) -> tuple[float, float]:
 
 
 def build_scheduler(
-    preset: str = "auto", *, class_names: Sequence[str] | None = None, **settings
+    preset: str = "auto",
+    *,
+    class_names: Sequence[str] | None = None,
+    null_class: bool = True,
+    **settings,
 ) -> DDPMScheduler:
     """The process of a preset, written in words that stock diffusers reads.
 
@@ -369,6 +379,7 @@ def build_scheduler(
         preset: A key of PRESETS.
         class_names: Names of the network's classes, in the order of their numbers, without the null
             class; kept where stock does not look.
+        null_class: Whether the network of classes has one.
         settings: Any of ddpm_num_steps, ddpm_beta_schedule, prediction_type and variance_type, in
             place of the preset's (or else DEFAULT_PROCESS).
 
@@ -392,6 +403,8 @@ def build_scheduler(
         extras["beta_schedule"] = schedule
     if class_names is not None:
         extras["class_names"] = list(class_names)
+    if not null_class:
+        extras["null_class"] = False
     scheduler = DDPMScheduler(
         num_train_timesteps=steps,
         beta_start=beta_start,

@@ -25,6 +25,7 @@ from .checkpoint import (
     join_optimizer,
     list_checkpoints,
     load_checkpoint,
+    lock_folder,
     rotate,
     set_aside,
     shard_like,
@@ -63,7 +64,11 @@ def open_folder(run: Run) -> int:
     if not config.starts_afresh:
         for line in compare_runs(run.directory, settings):
             accelerator.print(line)
-    accelerator.wait_for_everyone()
+
+    def lock() -> None:
+        run.lock = lock_folder(run.directory)
+
+    of_main(run, lock)
     if config.starts_afresh and accelerator.is_main_process:
         clear_run(run.directory)
     accelerator.wait_for_everyone()

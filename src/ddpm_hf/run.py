@@ -17,9 +17,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import UNet2DModel
+from filelock import FileLock
 from torch import Tensor
 
-from .checkpoint import check_folder, read_settings, whole
+from .checkpoint import check_folder, read_settings, unlock_folder, whole
 from .config import TrainingConfig
 from .data import ImageStream, check_batch, load_images, shuffled, split_held_out
 from .devices import (
@@ -32,6 +33,7 @@ from .devices import (
     wants_fsdp,
 )
 from .ema import Average, build_ema, build_power_averages, check_updates, ema_warning
+from .errors import InputError
 from .functional import mix_seed
 from .images import ImageSet, place_images, to_network
 from .learner import build_learner, build_network, settle_speed, start_weights
@@ -92,6 +94,7 @@ class Run:
     stop: StopSignals
     total_steps: int
     pushes: BackgroundPush | None = None
+    lock: FileLock | None = None
     saved_step: int | None = None
     grad_norm: Tensor | None = None
     _losses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -101,7 +104,8 @@ class Run:
         """Load the images and make the network, the process and the optimiser.
 
         Raises:
-            InputError: what was asked for does not fit together; nothing has been written then.
+            InputError: what was asked for does not fit together; nothing has been written then,
+                but an empty repository may have been made on the Hub.
         """
         config = copy(config)
         processes = start_processes(config)
@@ -121,8 +125,18 @@ class Run:
         )
 
         check_updates(config, total_steps)
+        if config.loss != "simple" and images.deep:
+            raise InputError(
+                f"loss {config.loss} is the bound of 256 grey levels, and the images have more: "
+                "use --loss simple"
+            )
         process = {name: getattr(config, name) for name in DEFAULT_PROCESS}
-        scheduler = build_scheduler(config.preset, class_names=images.class_names, **process)
+        scheduler = build_scheduler(
+            config.preset,
+            class_names=images.class_names,
+            null_class=images.num_classes is None or config.class_dropout_prob > 0,
+            **process,
+        )
         weights = start_weights(config, processes, scheduler)
         network = partial(build_network, config, images)
         settle_speed(config, before, network, plan, total_steps)
@@ -162,6 +176,8 @@ class Run:
         say(f"Training on {images.describe()}")
         if self.held_out:
             say(f"Held out: {self.held_out.describe()}")
+            for fault in self.held_out.faults:
+                say(f"Skipped a held-out image that cannot be decoded: {fault}")
         sharded = ", sharded by FSDP2" if wants_fsdp() else ""
         say(
             f"Processes: {count}, on {self.accelerator.device.type}{sharded}; CPU threads: "
@@ -178,6 +194,12 @@ class Run:
         if config.streaming:
             say(
                 "A stream has no epochs: grids come by --save_images_steps, the pipeline at the end"
+            )
+            say(f"The first {self.stream.window} images are read before the first step")
+        elif images.deep and images.brightest < 0.25:
+            say(
+                f"Warning: the brightest of 64 images reaches {images.brightest:.1%} of white. Are "
+                "they 12 bits in files of 16, or 8 in 32? Scale them, or all is nearly black"
             )
         if plan.per_device * 4 < min(config.train_batch_size, plan.global_batch_size // count):
             say(
@@ -425,6 +447,8 @@ class Run:
         self.unet = self.accelerator.unwrap_model(self.unet)
         self.stop.group = None
         self.accelerator.free_memory()
+        if self.lock:
+            unlock_folder(self.lock)
 
 
 def same_command(config: TrainingConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,8 +59,7 @@ def open_dataset(
             # unless it has a sub-folder for the split.
             words = datasets.data_files.SPLIT_KEYWORDS
             names = [name for split in splits for name in words.get(split, [split])]
-            has_splits = any(os.path.isdir(os.path.join(folder, name)) for name in names)
-            files = {} if has_splits else {splits[0]: "**"}
+            files = {} if has_splits(folder, names) else {splits[0]: "**"}
             return datasets.load_dataset(
                 "imagefolder", data_dir=folder, data_files=files or None, **options
             )
@@ -84,7 +84,38 @@ def open_dataset(
         datasets.exceptions.DatasetsError,
     ) as error:
         reason = " ".join(str(error).split())
+        if folder and "corresponds to no data" in reason:
+            reason = f"it has no file of an image that `datasets` knows; {_endings(folder)}"
         raise InputError(f"cannot load the image set {folder or name!r}: {reason}") from error
+
+
+def _endings(folder: str) -> str:
+    """How the files of a folder end, the commonest first."""
+    files = (path for path in Path(folder).rglob("*") if path.is_file())
+    counts = Counter(path.suffix or path.name for path in files)
+    found = ", ".join(f"{ending} ({count})" for ending, count in counts.most_common(5))
+    return f"its files end in {found}" if found else "it is empty"
+
+
+def has_splits(folder: str, names: list[str]) -> bool:
+    """Whether a folder has sub-folders of these names, which `datasets` takes for splits.
+
+    Raises:
+        InputError: others stand beside them, which it would leave out without a word.
+    """
+    import datasets
+
+    words = {word for split in datasets.data_files.SPLIT_KEYWORDS.values() for word in split}
+    there = {entry.name for entry in os.scandir(folder) if entry.is_dir()} - {"__MACOSX"}
+    there = {name for name in there if not name.startswith(".")}
+    splits, others = there & set(names), there - words - set(names)
+    if splits and others:
+        raise InputError(
+            f"{folder} has a sub-folder {min(splits)!r}, which is the word for a split, and others "
+            f"that are not, like {min(others)!r}: move those away, or rename {min(splits)!r} if "
+            "they are classes"
+        )
+    return bool(splits)
 
 
 def is_saved(name: str | None) -> bool:
@@ -138,6 +169,8 @@ def find_image_column(features: datasets.Features, wanted: str | None) -> str:
     import datasets
 
     found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if not found or wanted in features:  # files as bytes, as other programs write them
+        found += [name for name, feature in features.items() if _is_bytes(feature)]
     if wanted in found:
         return wanted
     if wanted is not None:
@@ -152,6 +185,15 @@ def find_image_column(features: datasets.Features, wanted: str | None) -> str:
             f"the data set has several columns of images, {found}: choose one with --image_column"
         )
     return found[0]
+
+
+def _is_bytes(feature: Any) -> bool:
+    """Whether a column holds whole files, alone or with their paths."""
+    import datasets
+
+    if isinstance(feature, dict) and {"bytes"} <= feature.keys() <= {"bytes", "path"}:
+        feature = feature["bytes"]
+    return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
 
 
 def find_label_column(features: datasets.Features, wanted: str | None) -> str:

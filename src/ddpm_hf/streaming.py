@@ -273,6 +273,11 @@ class LaneStream:
         # datasets' open readers must end before Python does, or each says that it could not.
         weakref.finalize(self, self.opened.clear)
 
+    @property
+    def window(self) -> int:
+        """Images in the blocks of all lanes."""
+        return self.steps_per_block * self.global_batch_size
+
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """Rows of the global batch of an optimiser step; blocks never go back.
 
