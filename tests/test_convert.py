@@ -330,7 +330,7 @@ RANDOM_TABLE = {"time_embedding.timembedding.0.weight": torch.rand(1000, 32)}
         (without(BARE, "out.2.weight"), {}, "lacks out.2.weight"),
         (without(BARE, "output_blocks.1.0.in_layers.0.weight"), {}, "needs shape"),
         (BARE, dict(resolution=15), "15x15 cannot be halved 1 times.*this checkpoint"),
-        (BARE, dict(resolution=0), "resolution must be at least 1; got 0"),
+        (BARE, dict(resolution=0), "resolution must be a whole number, at least 1; got 0"),
         (BARE, dict(num_heads=5), "does not divide the channels of every attention, 64"),
         (BARE, dict(num_heads=2, num_head_channels=8), "say the same twice"),
         (BARE, dict(beta_end=0.1), "beta_end is no setting of guided-diffusion"),

@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .checkpoint import CONFIG, write_text
-from .config import EMBEDDED, OF_THIS_MACHINE, PATHS
+from .config import EMBEDDED, OF_THIS_MACHINE, PATHS, TrainingConfig
 from .errors import InputError
 from .recipe import is_path
 from .results import Result, read_record, read_results
+from .scheduler import check_extras
 
 TAGS = ["unconditional-image-generation", "ddpm", "ddpm_hf"]
 TASK = "unconditional-image-generation"
@@ -65,9 +67,14 @@ def write_card(folder: Path) -> Path:
         OSError: it could not be written.
     """
     path = folder / "README.md"
-    if not (path.is_file() and MARK not in path.read_text()):
+    if not is_own(path):
         write_text(path, render_card(folder))
     return path
+
+
+def is_own(card: Path) -> bool:
+    """Whether a README.md is there that a person wrote: without our mark, in any encoding."""
+    return card.is_file() and MARK not in card.read_text("utf-8", errors="replace")
 
 
 def render_card(
@@ -94,8 +101,15 @@ def render_card(
         raise InputError(f"{folder} holds no pipeline: it has no unet or no scheduler")
     process = PROCESS_DEFAULTS | {key: value for key, value in process.items() if value is not None}
     settings = read_config(folder / CONFIG) or {}
-    settings = public_settings(settings) if "snr_gamma" in settings else {}
+    # Of a run of ours; what it does not say yet is as it was then, the default.
+    ours = "snr_gamma" in settings
+    settings = public_settings(asdict(TrainingConfig()) | settings) if ours else {}
     record, extras = read_record(folder), process.get("_ddpm_hf", {})
+    try:
+        check_extras(extras)
+        timesteps = int(process["num_train_timesteps"])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"cannot read the scheduler of {folder}: {error}") from error
     step = record.step if record else None
     results = [row for row in read_results(folder) if row.step in (None, step)]
     name, data, base = (repo or folder.resolve().name), dataset_of(settings), base_model(settings)
@@ -115,7 +129,7 @@ def render_card(
         null_class=extras.get("null_class", True),
         process=process,
         schedule=schedule_name(process, extras),
-        timesteps=int(process["num_train_timesteps"]),
+        timesteps=timesteps,
         settings={key: escape(value) for key, value in settings.items()},
         recipe=settings.get("recipe"),
         weighted=settings.get("snr_gamma") and settings.get("loss") != "vlb",

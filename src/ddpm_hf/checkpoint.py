@@ -38,6 +38,9 @@ LOCK, LOCK_SECONDS = ".lock", 10
 """A file in the folder of a run, and how long the next start waits for one that is ending."""
 
 NAME = re.compile(r"checkpoint-(\d+)")
+LEFTOVER = re.compile(
+    r"\.(checkpoint-\d+|origin|pipeline|push-[\w.-]+|[\w-]+\.(json|jsonl|md))\.(partial|replaced)"
+)
 EVALUATED = (
     "rate_distortion.json", "rate_distortion.png", "reconstructions.png", "shared_latents.png"
 )  # fmt: skip
@@ -149,7 +152,7 @@ def write_tensors(
 
 def leftovers(run_dir: Path) -> list[Path]:
     """What a process that was killed while it saved has left behind: hidden, and named by us."""
-    return [path for path in run_dir.glob(".*") if path.suffix in (".partial", ".replaced")]
+    return [path for path in run_dir.glob(".*") if LEFTOVER.fullmatch(path.name)]
 
 
 def clear_leftovers(run_dir: Path) -> None:
@@ -202,9 +205,12 @@ def step_of(folder: Path) -> int:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if every file is as it was written."""
     try:
-        sums = json.loads((folder / MANIFEST).read_text())["sha256"]
+        manifest = json.loads((folder / MANIFEST).read_text())
+        sums, _ = dict(manifest["sha256"]), int(manifest["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
+    if not {"state.json", "unet.safetensors"} <= sums.keys():
+        return f"its {MANIFEST} lists no network or no state"
     for name, expected in sums.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -450,7 +456,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows

@@ -24,6 +24,7 @@ from .calibration import forget
 from .checkpoint import flush, shard_like, whole, write_tensors
 from .config import TrainingConfig
 from .errors import InputError
+from .pipeline import save_whole
 from .sampling import load_pipeline
 
 
@@ -390,7 +391,8 @@ def post_hoc(
         step: Stored step that the average ends at; the last when not given.
 
     Raises:
-        InputError: the output exists, the run holds no pipeline, or as `reconstruct`.
+        InputError: the output exists or cannot be written, the run holds no pipeline, or as
+            `reconstruct`.
     """
     output = Path(output)
     if output.exists():
@@ -399,7 +401,5 @@ def post_hoc(
     pipe = load_pipeline(str(run))
     pipe.unet.load_state_dict(pipe.unet.state_dict() | made.tensors)
     forget(pipe.scheduler)
-    partial_folder = output.with_name(f".{output.name}.partial")
-    pipe.save_pretrained(partial_folder)
-    partial_folder.replace(output)
+    save_whole(pipe, output)
     return made

@@ -25,8 +25,8 @@ from huggingface_hub import (
 
 from .access import explained_hub, warn_insecure_endpoint
 from .card import (
-    MARK,
     hub_dataset,
+    is_own,
     public_settings,
     read_config,
     render_card,
@@ -45,6 +45,7 @@ PUBLIC = (
     "samples/grid.png",
     "loss_curve.png",
     "rate_distortion.png",
+    "shared_latents.png",
     "rate_distortion.json",
     "reconstructions.png",
     RESULTS,
@@ -158,7 +159,7 @@ def files_to_push(folder: Path) -> list[Path]:
     """The files of a folder that a push is made from: a card only where a person wrote it."""
     files = [path for pattern in (*PUBLIC, CONFIG) for path in sorted(folder.glob(pattern))]
     card = folder / "README.md"
-    return [*files, card] if card.is_file() and MARK not in card.read_text() else files
+    return [*files, card] if is_own(card) else files
 
 
 def origin_files(
@@ -206,13 +207,13 @@ def _own_card(
 ) -> list[CommitOperationAdd]:
     """A person's own card: that of the folder, or the one that stands there; else nothing."""
     local = folder / "README.md"
-    if local.is_file() and MARK not in local.read_text():
+    if is_own(local):
         return [CommitOperationAdd("README.md", local)]
     if "README.md" not in there:
         return []
     remote = Path(hf_hub_download(repo, "README.md", revision=revision, token=api.token))
-    text = remote.read_text()
-    return [CommitOperationAdd("README.md", remote)] if text.strip() and MARK not in text else []
+    own = is_own(remote) and remote.read_bytes().strip()
+    return [CommitOperationAdd("README.md", remote)] if own else []
 
 
 def _stale(pushed: set[str], there: list[str]) -> Iterator[CommitOperationDelete]:

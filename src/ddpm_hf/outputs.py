@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DModel
 
 from .card import dataset_of, located, write_card
-from .checkpoint import EVALUATED, METRICS, list_checkpoints, read_metrics
+from .checkpoint import EVALUATED, METRICS, list_checkpoints, read_metrics, step_of
 from .functional import mix_seed
 from .hub import Pushed
 from .images import ImageSet, to_network
@@ -176,11 +176,13 @@ def write_pipeline(run: Run, step: int, unet: UNet2DModel) -> None:
 
 
 def write_report(run: Run, step: int, loss_curve: Path) -> None:
-    """The curve of the loss, the numbers, and the card: the last file that a run writes."""
+    """The curve of the loss, the numbers and the card; at last, that the run is finished."""
     save_loss_curve(run.directory / METRICS, loss_curve)
-    write_record(run.directory, training_record(run, step))
+    record = training_record(run, step)
+    write_record(run.directory, record)
     add_losses(run, step)
     write_card(run.directory)
+    write_record(run.directory, replace(record, finished=True))
 
 
 def add_losses(run: Run, step: int) -> None:
@@ -288,8 +290,8 @@ def finish(run: Run, step: int) -> TrainingResult:
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether the last thing that a run writes, its card, is there and newer than its state."""
-    card, states = directory / "README.md", list_checkpoints(directory)
-    if not (card.is_file() and states):
+    """Whether everything that a run writes at its end is there, of its newest state."""
+    record, states = read_record(directory), list_checkpoints(directory)
+    if not (record and record.finished and states and (directory / "README.md").is_file()):
         return False
-    return card.stat().st_mtime_ns >= states[-1].stat().st_mtime_ns
+    return record.step == step_of(states[-1])

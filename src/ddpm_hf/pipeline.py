@@ -1,5 +1,6 @@
 """DDPMPipeline: one denoising loop for every diffusers scheduler."""
 
+import errno
 import inspect
 import json
 import shutil
@@ -15,6 +16,7 @@ from diffusers import ImagePipelineOutput, UNet2DModel
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .arguments import (
@@ -147,11 +149,15 @@ class DDPMPipeline(diffusers.DDPMPipeline):
 
         Raises:
             InputError: safe_serialization=False; or as `push_to_hub`, to which `kwargs` go.
+            OSError: it could not be written.
         """
         if not safe_serialization:
             raise InputError("safe_serialization must be True: pickles run code when they load")
         options = dict(max_shard_size=max_shard_size, use_flashpack=use_flashpack)
-        super().save_pretrained(save_directory, variant=variant, **options)
+        try:
+            super().save_pretrained(save_directory, variant=variant, **options)
+        except SafetensorError as error:  # its word for a disk that is full
+            raise OSError(errno.EIO, str(error), str(save_directory)) from error
         _forget_where_it_was(Path(save_directory))
         if push_to_hub:
             repo = kwargs.pop("repo_id", Path(save_directory).resolve().name)
@@ -633,6 +639,28 @@ class DDPMPipeline(diffusers.DDPMPipeline):
                 "the samples will be noisy. Use DDIM or another solver, or pipe.scheduler = "
                 "DDPMScheduler.from_config(pipe.scheduler.config, variance_type='fixed_small')"
             )
+
+
+def save_whole(pipe: DDPMPipeline, output: str | Path) -> None:
+    """Save a pipeline into a new or empty folder, whole or not at all.
+
+    Raises:
+        InputError: it cannot be written, as on a full disk.
+    """
+    place = Path(output).absolute()
+    partial = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        pipe.save_pretrained(partial)
+        if place.is_dir():  # it may be the current one, which is not to be another's afterwards
+            for path in partial.iterdir():
+                path.replace(place / path.name)
+        else:
+            partial.replace(place)
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _forget_where_it_was(folder: Path) -> None:

@@ -29,7 +29,7 @@ def read_recipe(name: str) -> dict[str, Any]:
             f"{did_you_mean(name, recipe_names())}"
         )
     try:
-        settings = yaml.safe_load(path.read_text()) or {}
+        settings = yaml.safe_load(path.read_text("utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(
             f"recipe {path} is no valid YAML: {' '.join(str(error).split())}"

@@ -88,8 +88,9 @@ class Result:
             number = getattr(self, name)
             if number is not None:
                 object.__setattr__(self, name, float(number))  # no numpy scalar reaches a file
-        if not math.isfinite(self.value):
-            raise InputError(f"the {self.metric} of a model must be finite; got {self.value}")
+        for number in (self.value, self.standard_error or 0.0):
+            if not math.isfinite(number):
+                raise InputError(f"the {self.metric} of a model must be finite; got {number}")
 
     @property
     def identity(self) -> tuple:
@@ -112,6 +113,7 @@ class TrainingRecord:
         parameters: Of the network.
         loss_by_timestep: Last loss in each share of the timesteps, by what it was measured on.
         hardware, version, commit: What trained it last.
+        finished: Whether the run came to its end, everything written.
     """
 
     step: int
@@ -125,6 +127,7 @@ class TrainingRecord:
     version: str = __version__
     commit: str = field(default_factory=code_version)
     hardware: str = field(default_factory=hardware)
+    finished: bool = False
 
     @property
     def images_seen(self) -> int:
@@ -139,6 +142,8 @@ def read_results(folder: Path) -> list[Result]:
         InputError: the file holds something else.
     """
     rows = _read_json(folder / RESULTS)
+    if not isinstance(rows or [], list):
+        raise InputError(f"{folder / RESULTS} must hold a list of rows; got {rows!r:.80}")
     return [_parse(Result, row, folder / RESULTS) for row in rows or []]
 
 
@@ -193,7 +198,8 @@ def _parse(kind: type, row: Any, path: Path) -> Any:
         for name, value in known.items():
             hint = dict if typing.get_origin(types[name]) is dict else types[name]
             whole = isinstance(value, int) and isinstance(1.0, hint)  # JSON has one kind of number
-            if not (isinstance(value, hint) or whole):
+            of_losses = hint is not dict or all(isinstance(row, dict) for row in value.values())
+            if not ((isinstance(value, hint) and of_losses) or whole):
                 raise InputError(f"{name} in {path} must be {types[name]}; got {value!r:.80}")
         try:
             return kind(**known)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict, Unpack
 
 from ..errors import InputError, check_choice
-from ..pipeline import DDPMPipeline
+from ..pipeline import DDPMPipeline, save_whole
 from ..scheduler import FORMAT, DDPMScheduler
 from . import lucidrains, openai, pesser, pytorch_ddpm
 from .layout import Network, build_unet
@@ -92,7 +92,7 @@ def convert(
 
     Raises:
         InputError: a file that is no checkpoint or could run code, weights of an unknown family or
-            that UNet2DModel cannot hold, or a setting that does not fit.
+            that UNet2DModel cannot hold, a setting that does not fit, or a disk that is full.
     """
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -101,15 +101,7 @@ def convert(
     checkpoint = read_checkpoint(file, weights)
     network = _read(checkpoint.weights, given, family, file)
     pipe = _pipeline(network)
-    place = output.absolute()
-    partial = place.with_name(f".{place.name}.partial")
-    pipe.save_pretrained(partial)
-    if place.is_dir():  # it may be the current one, which is not to be another's afterwards
-        for path in partial.iterdir():
-            path.replace(place / path.name)
-        partial.rmdir()
-    else:
-        partial.replace(place)
+    save_whole(pipe, output)
     rest = {name: value for name, value in network.settings.items() if name not in given}
     return Converted(
         network.family,
@@ -133,7 +125,15 @@ def _read(weights: dict, given: dict, family: str | None, file: str | Path) -> N
         )
     if family is not None and family not in found:
         raise InputError(f"{file} has weights of {' or '.join(found)}, not of {family}")
-    return FAMILIES[found[0]].read(weights, given, family)
+    try:
+        return FAMILIES[found[0]].read(weights, given, family)
+    except InputError:
+        raise
+    # The shape of a weight is looked at in many places; of a damaged one any of them may fail.
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{file} has weights of shapes that no network of {found[0]} has: {error}"
+        ) from error
 
 
 def _pipeline(network: Network) -> DDPMPipeline:

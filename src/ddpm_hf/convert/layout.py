@@ -1,5 +1,6 @@
 """What the families share: a U-Net's shape in UNet2DModel's words, and weights put into one."""
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -50,8 +51,8 @@ def check_settings(family: str, given: dict, defaults: dict) -> None:
     for name, value in given.items():
         if name not in defaults:
             raise InputError(f"{name} is no setting of {family}; leave it out")
-        if name in COUNTS and value < 1:
-            raise InputError(f"{name} must be at least 1; got {value}")
+        if name in COUNTS and not (isinstance(value, Integral) and value >= 1):
+            raise InputError(f"{name} must be a whole number, at least 1; got {value!r}")
 
 
 def unet_arguments(
@@ -178,7 +179,7 @@ def build_unet(arguments: dict, tensors: dict[str, Tensor]) -> UNet2DModel:
     """A UNet2DModel with these weights, float32, and no others.
 
     Raises:
-        InputError: it has others, or of other shapes.
+        InputError: it has others, of other shapes, or values that float32 cannot hold.
     """
     with torch.device("meta"):
         unet = UNet2DModel(**arguments)
@@ -193,5 +194,8 @@ def build_unet(arguments: dict, tensors: dict[str, Tensor]) -> UNet2DModel:
         )
     # Each a tensor of its own: safetensors refuses parts of one storage.
     own = {name: tensor.detach().float().contiguous().clone() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.is_complex() or not torch.isfinite(own[name]).all():
+            raise InputError(f"{name} has values that float32 cannot hold; it is {tensor.dtype}")
     unet.load_state_dict(own, assign=True)
     return unet.eval()
