@@ -490,3 +490,38 @@ def test_forgetting_keeps_what_else_is_private():
     stock.register_to_config(_ddpm_hf={**stock.config["_ddpm_hf"], "class_names": ["cat"]})
     forget(stock)
     assert stock.config["_ddpm_hf"] == {"format": 1, "class_names": ["cat"]}
+
+
+def test_the_last_step_of_a_known_image_has_the_posteriors_floor():
+    scheduler = DDPMScheduler()
+    none = exactly(torch.zeros(1000).double())
+    store(scheduler, world_statistics(scheduler), x_0_variance=none)
+    found = scheduler.analytic_variance(50, -1).log().item()
+    assert found == pytest.approx(scheduler.posterior_log_variance(50, -1).item())
+
+
+def test_a_stored_variance_above_that_of_all_images_is_damage():
+    scheduler = world()
+    analytic = {**scheduler.analytic, "x_0_variance": [1.5] * 1000}
+    scheduler.register_to_config(_ddpm_hf={**scheduler.extras, "analytic": analytic})
+    with pytest.raises(InputError, match="damaged"):
+        scheduler.set_timesteps(10)
+
+
+def test_the_variance_of_x_0_is_at_most_that_of_all_images():
+    sums = BoundSums.zeros(10)
+    sums.timesteps[0], sums.timesteps[2], sums.timesteps[9] = 3, 6, 12
+    assert estimate_x_0_variance(sums).value.max() == 1
+
+
+def test_neighbours_are_a_hundredth_of_the_timesteps():
+    sums = BoundSums.zeros(1000)
+    sums.timesteps[0] = 2
+    sums.timesteps[2, 490:511] = 1.0
+    assert estimate_x_0_variance(sums).value[500] == 0.5
+
+
+def test_a_table_of_betas_is_clipped_as_any_schedule():
+    scheduler = DDPMScheduler(trained_betas=DDPMScheduler().beta.tolist())
+    store(scheduler, world_statistics(scheduler))
+    assert scheduler.analytic["clip_pixels"] == 1

@@ -9,13 +9,16 @@ import pytest
 from huggingface_hub import ModelCard
 
 from ddpm_hf import __version__
+from ddpm_hf.calibration import store
 from ddpm_hf.card import MARK, code, escape, located, render_card, write_card
 from ddpm_hf.config import TrainingConfig
 from ddpm_hf.errors import InputError
+from ddpm_hf.hub import files_to_push
 from ddpm_hf.presets import build_scheduler, unet_config
 from ddpm_hf.results import Result, TrainingRecord, add_results, write_record
 
 from .conftest import REPOSITORY
+from .test_calibration import world_statistics
 
 EXPECTED = REPOSITORY / "tests" / "expected_card.md"
 MADE_BY = dict(commit="0123abc", hardware="1 core of a|processor")
@@ -224,4 +227,67 @@ def test_a_folder_without_a_readable_pipeline_is_named(tmp_path, name, text, mes
     else:
         (folder / name).write_text(text)
     with pytest.raises(InputError, match=message):
+        render_card(folder)
+
+
+def test_our_own_card_is_written_anew(tmp_path):
+    folder = make_folder(tmp_path / "run")
+    write_card(folder)
+    row = dict(metric="fd", value=2.5, unit="squared", dataset="org/set", split="train")
+    add_results(folder, [Result(**row, num_images=9, protocol="p", seed=0, step=1000)])
+    assert "| fd | 2.5" in write_card(folder).read_text()
+
+
+def test_a_measurement_of_a_step_needs_a_record_of_the_step(tmp_path):
+    folder = make_folder(tmp_path / "run", recorded=False)
+    row = dict(metric="fd", value=2.5, unit="squared", dataset="org/set", split="train")
+    add_results(folder, [Result(**row, num_images=9, protocol="p", seed=0, step=5)])
+    assert "| fd | 2.5" not in render_card(folder)
+
+
+def test_the_licence_of_the_settings_is_that_of_the_weights(tmp_path):
+    card = ModelCard(render_card(make_folder(tmp_path / "run", license="cc-by-4.0")))
+    assert card.data.license == "cc-by-4.0"
+
+
+def test_the_bound_is_not_weighted(tmp_path):
+    settings = dict(loss="vlb", variance_type="learned_range")
+    assert "weighted by" not in render_card(make_folder(tmp_path / "run", **settings))
+
+
+@pytest.mark.parametrize("name", ["init_from", "ema_max_decay", "eval_batch_size"])
+def test_a_setting_that_an_older_run_does_not_name_was_the_default(tmp_path, name):
+    folder = make_folder(tmp_path / "run")
+    before = render_card(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings.pop(name)
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert render_card(folder) == before
+
+
+def test_a_model_calibrated_from_python_has_a_card(tmp_path):
+    folder = make_folder(tmp_path / "run")
+    scheduler = build_scheduler()
+    store(scheduler, world_statistics(scheduler))
+    (folder / "scheduler" / "scheduler_config.json").write_text(scheduler.to_json_string())
+    assert "The variance for fewer steps is calibrated\n" in render_card(folder)
+
+
+def test_a_persons_card_may_have_any_encoding(tmp_path):
+    folder = make_folder(tmp_path / "run")
+    words = "sch\u00f6ne Bilder".encode("latin-1")
+    (folder / "README.md").write_bytes(words)
+    write_card(folder)
+    assert (folder / "README.md").read_bytes() == words
+    assert folder / "README.md" in files_to_push(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"_ddpm_hf": ["a"]}, {"_ddpm_hf": "a"}, {"num_train_timesteps": "many"}]
+)
+def test_a_damaged_scheduler_is_one_clear_line(tmp_path, change):
+    folder = make_folder(tmp_path / "run")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match="cannot read the scheduler of"):
         render_card(folder)

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from ddpm_hf import checkpoint as ck
+from ddpm_hf.config import TrainingConfig
 from ddpm_hf.errors import InputError
 
 TENSORS = {"unet": {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor(3.5)}}
@@ -287,3 +289,81 @@ def test_metrics_of_lost_steps_are_dropped(tmp_path):
     ck.keep_metrics(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     ck.keep_metrics(tmp_path / "none", 2)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    seen, flush = [], ck.flush
+
+    def spy(path):
+        seen.append((path.name, (tmp_path / "checkpoint-1").exists()))
+        flush(path)
+
+    monkeypatch.setattr(ck, "flush", spy)
+    ck.save_checkpoint(tmp_path, 1, {"unet": {"a": torch.ones(1)}}, {})
+    before = {name for name, named in seen if not named}
+    assert before == {
+        "unet.safetensors", "state.json", "manifest.json", ".checkpoint-1.partial"
+    }  # fmt: skip
+    assert seen[-1] == (tmp_path.name, True)  # and then the name itself
+
+
+def test_a_text_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    seen, flush = [], ck.flush
+    monkeypatch.setattr(ck, "flush", lambda path: (seen.append(path.read_text()), flush(path)))
+    ck.write_text(tmp_path / "a.json", "x")
+    assert seen == ["x"]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_clearing_a_run_leaves_logs_outside_of_it(tmp_path, inside):
+    (tmp_path / "logs").mkdir()
+    folder = run_folder(tmp_path, logging_dir="../logs" if inside else str(tmp_path / "logs"))
+    ck.clear_run(folder)
+    assert (tmp_path / "logs").is_dir()
+
+
+def test_clearing_a_run_leaves_nothing_of_it(tmp_path):
+    folder = run_folder(tmp_path)
+    for name in ("ema", "origin", "unet", "scheduler", "samples", "logs", "checkpoint-2"):
+        (folder / name).mkdir()
+    for name in (
+        "model_index.json", "README.md", "loss_curve.png", "results.json", "training.json",
+        "metrics.jsonl", *ck.EVALUATED,
+    ):  # fmt: skip
+        (folder / name).touch()
+    ck.clear_run(folder)
+    assert not list(folder.iterdir())
+
+
+def test_a_setting_that_is_newer_than_the_run_had_its_default_then(tmp_path):
+    folder = run_folder(tmp_path)
+    now = asdict(TrainingConfig()) | RUN
+    now.pop("output_dir")
+    assert ck.compare_runs(folder, now) == []
+
+
+@pytest.mark.parametrize(
+    "manifest", ['{"sha256": null}', '{"sha256": {}, "step": 2}', '{"sha256": [1], "step": 2}', "5"]
+)
+def test_a_manifest_of_anything_else_is_damage(tmp_path, manifest):
+    write(tmp_path, 1)
+    (write(tmp_path, 2) / "manifest.json").write_text(manifest)
+    found, damaged = ck.find_latest(tmp_path)
+    assert found.name == "checkpoint-1"
+    assert "manifest.json" in damaged[0]
+
+
+def test_lines_of_metrics_that_are_none_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2}\n5\n{"loss": 3}\n{"step": "1"}\n{"step": 4}\n')
+    ck.keep_metrics(path, 2)
+    assert path.read_text() == '{"step": 1, "loss": 2}\n'
+
+
+@pytest.mark.parametrize("name", [".thesis.partial", ".mine.replaced", ".notes.txt.partial"])
+def test_hidden_files_of_others_are_not_taken_for_ours(tmp_path, name):
+    (tmp_path / name).write_text("three years of work")
+    ck.clear_leftovers(tmp_path)
+    assert (tmp_path / name).exists()
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        ck.check_folder(tmp_path)

@@ -4,6 +4,9 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -430,3 +433,73 @@ def test_the_verb_says_errors_in_one_line(shared, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ddpm-hf: error: ")
     assert not os.path.exists("PICKLE_RAN")
+
+
+@pytest.mark.parametrize(("mults", "size"), [((1, 1, 2, 3, 4), 128), ((1, 2, 3, 4), 64)])
+def test_the_size_that_openais_levels_were_published_for(mults, size):
+    network = OpenAIUNet(mults, heads=4, attention=())
+    assert opened(network.state_dict()).unet.config.sample_size == size
+
+
+def test_a_table_of_times_that_is_a_little_different_is_refused():
+    weights, name = W86UNet().state_dict(), "time_embedding.timembedding.0.weight"
+    torch.save(weights | {name: weights[name] + 0.01}, "w.pt")
+    with pytest.raises(InputError, match="not the table"):
+        convert("w.pt", "out")
+
+
+def test_the_averaged_weights_are_found_by_what_is_in_them():
+    torch.save({"ema": {"x": torch.ones(1)}, "ema_model": BARE}, "w.pt")
+    assert convert("w.pt", "out").weights == "ema"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (torch.full((3,), torch.inf), "not finite"),
+        (torch.full((3,), 1e300, dtype=torch.float64), "values that float32 cannot hold"),
+        (torch.ones(3, dtype=torch.complex64), "values that float32 cannot hold|not finite"),
+    ],
+)
+def test_values_that_are_no_weights_are_refused(values, message):
+    torch.save(BARE | {"out.2.bias": values}, "w.pt")
+    with pytest.raises(InputError, match=message):
+        convert("w.pt", "out")
+    assert not Path("out").exists()
+
+
+def test_flattened_weights_are_one_clear_line():
+    torch.save({name: tensor.flatten() for name, tensor in BARE.items()}, "w.pt")
+    with pytest.raises(InputError, match="w.pt has weights of shapes that no network of .* has"):
+        convert("w.pt", "out")
+
+
+@pytest.mark.parametrize("value", ["4", 4.5])
+def test_counts_are_whole_numbers(value):
+    torch.save(BARE, "w.pt")
+    with pytest.raises(InputError, match="must be a whole number, at least 1; got"):
+        convert("w.pt", "out", num_heads=value)
+
+
+def test_what_an_earlier_conversion_left_is_not_taken_along():
+    Path(".out.partial/unet").mkdir(parents=True)
+    Path(".out.partial/unet/notes.txt").write_text("old")
+    torch.save(BARE, "w.pt")
+    convert("w.pt", "out")
+    assert not list(Path("out").rglob("notes.txt"))
+    assert not Path(".out.partial").exists()
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path):
+    torch.save(BARE, "w.pt")
+    code = (
+        "import resource, sys; from ddpm_hf.cli import run, convert_command\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "sys.exit(run(convert_command, ['w.pt', 'out'], 'ddpm-hf'))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 2, found.stderr
+    assert "cannot write out:" in found.stderr.splitlines()[-1]
+    assert "Traceback" not in found.stderr
+    assert not Path("out").exists()
+    assert not Path(".out.partial").exists()

@@ -858,3 +858,13 @@ def test_twelve_bits_in_files_of_sixteen_are_noticed(tmp_path):
     assert load(folder).brightest == pytest.approx(4095 / 65535, rel=1e-3)  # bicubic of none
     assert load(save(tmp_path / "bright", "a.png", values * 1040)).brightest > 0.9
     assert load(save(tmp_path / "bytes", "a.png", np.full((8, 8), 51, np.uint8))).brightest == 0.2
+
+
+def test_a_grey_test_split_is_held_out_in_the_colours_of_training(tmp_path):
+    for part, mode in (("train", "RGB"), ("test", "L")):
+        (tmp_path / "x" / part).mkdir(parents=True)
+        for i in range(3):
+            image = Image.new(mode, (8, 8), i if mode == "L" else (i, 9, 9))
+            image.save(tmp_path / "x" / part / f"{i}.png")
+    images, held = held_out(tmp_path / "x", 0.5)
+    assert held.centred(np.arange(1)).shape == images.centred(np.arange(1)).shape == (1, 3, 8, 8)

@@ -111,6 +111,12 @@ def test_a_start_of_pure_noise():
     output = curved(scheduler)(x, scheduler.timesteps[0])
     first = scheduler.ddim_step(output, x, t, s).distribution.mean
     assert torch.equal(chain[0], first)
+    # The second step cannot be corrected by the first, whose signal-to-noise ratio is 0.
+    solver, u, v = SecondOrder(scheduler), *scheduler.timesteps[1:3].tolist()
+    y, _ = solver.step(0.3 * x, x, t)
+    z, _ = solver.step(0.5 * y, y, u)
+    plain = scheduler.ddim_step(0.5 * y, y, u, v, clip=False).distribution.mean
+    torch.testing.assert_close(z, plain, rtol=0, atol=1e-5)  # another order of float32 sums
 
 
 # In the pipeline
@@ -169,3 +175,18 @@ def test_the_command(tiny_unet, tmp_path, capsys):
     assert (tmp_path / "a.png").is_file()
     assert main([*words, str(tmp_path / "b.png"), "--solver_order", "3"]) == 2
     assert "argument --solver_order: invalid choice: 3" in capsys.readouterr().err
+
+
+def test_a_learned_variance_is_left_out():
+    """Of one channel it would be broadcast over the prediction."""
+    plain, learned = (
+        DDPMScheduler(clip_sample=False, timestep_spacing="trailing", **settings)
+        for settings in ({}, {"variance_type": "learned_range"})
+    )
+    for scheduler in (plain, learned):
+        scheduler.set_timesteps(5)
+    x, output = noise(2, 1, 4, 4), 0.5 * noise(2, 1, 4, 4)
+    expected = SecondOrder(plain).step(output, x, 999)[0]
+    assert torch.equal(
+        SecondOrder(learned).step(torch.cat([output, output], 1), x, 999)[0], expected
+    )

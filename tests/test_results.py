@@ -91,3 +91,38 @@ def test_a_record_knows_images_seen_and_energy(tmp_path):
     assert read_record(tmp_path) is None
     write_record(tmp_path, record)
     assert read_record(tmp_path) == record
+
+
+def test_other_images_are_another_measurement(tmp_path):
+    for changes in ({}, {"split": "test"}, {"dataset": "org/other"}):
+        add_results(tmp_path, [result(**changes)])
+    assert len(read_results(tmp_path)) == 3
+
+
+def test_a_whole_number_is_a_number(tmp_path):
+    add_results(tmp_path, [result()])
+    path = tmp_path / "results.json"
+    path.write_text(path.read_text().replace("2.5", "3"))
+    assert read_results(tmp_path)[0].value == 3.0
+
+
+def test_an_error_that_is_no_number_is_refused():
+    with pytest.raises(InputError, match="the fd of a model must be finite; got nan"):
+        result(standard_error=float("nan"))
+
+
+@pytest.mark.parametrize("text", ["5", '{"a": 1}'])
+def test_results_that_are_no_list_are_one_clear_line(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(InputError, match="results.json must hold a list of rows"):
+        read_results(tmp_path)
+
+
+def test_losses_of_a_record_are_by_timestep(tmp_path):
+    row = dict(
+        step=1, global_batch_size=1, num_images=1, num_processes=1, seconds=1.0, energy_kwh=0.0,
+        parameters=1, loss_by_timestep={"training loss": 0.5},
+    )  # fmt: skip
+    (tmp_path / "training.json").write_text(json.dumps(row))
+    with pytest.raises(InputError, match="loss_by_timestep in .*training.json must be"):
+        read_record(tmp_path)

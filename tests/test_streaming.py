@@ -172,6 +172,9 @@ def test_the_decoder_is_that_of_a_decoded_set(tiny_images):
     assert sums[0] == list(range(12))  # blue says which image it is
     assert set(sums[1]) <= set(range(12))
     assert found.images.deep is decoded.images.deep is False
+    expected = {decoded.images.pixels(i).tobytes() for i in range(12)}  # whole, and in colour
+    cells = found.images.source.take(12)
+    assert {found.images.decoder(row, i)["pixels"] for i, row in enumerate(cells)} == expected
 
 
 # Going on
@@ -440,3 +443,10 @@ def test_a_stream_without_a_test_split_holds_nothing_out(shards):
     config = settings(shards, held_out=0.01)
     with pytest.raises(InputError, match="held_out of a stream is its test or validation split"):
         split_held_out(config, load_stream(config))
+
+
+def test_a_corrupt_image_at_the_end_of_a_block_is_replaced_by_its_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "WINDOW", 8)
+    shards = write_shards(tmp_path / "x", [80], broken)
+    found = stream(shards, batch_size=8, corrupt_images="skip")
+    assert set(drawn(found, range(200))) <= set(range(80)) - {70, 72}

@@ -22,14 +22,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline, TrainingConfig, train
+from ddpm_hf.card import write_card
 from ddpm_hf.checkpoint import EVALUATED, list_checkpoints
 from ddpm_hf.data import ImageStream, load_images
 from ddpm_hf.devices import BatchPlan, available_cores
-from ddpm_hf.ema import Average
+from ddpm_hf.ema import Average, list_snapshots
 from ddpm_hf.errors import InputError
 from ddpm_hf.losses import simple_loss
 from ddpm_hf.optimization import build_optimizer
-from ddpm_hf.results import read_record
+from ddpm_hf.results import read_record, read_results
+from ddpm_hf.resuming import open_folder
 from ddpm_hf.run import Run
 from ddpm_hf.training import objective
 
@@ -202,10 +204,12 @@ def test_a_kill_before_the_last_files_is_made_good(quick_settings, capsys):
 
 def test_metrics_deleted_by_hand_do_not_stop_the_end(quick_settings):
     out = run(quick_settings).output_dir
+    known = read_results(out)
     for name in ("README.md", "metrics.jsonl"):
         (out / name).unlink()
     run(quick_settings)
-    assert "final training loss" not in (out / "README.md").read_text()
+    assert read_results(out) == known
+    assert (out / "README.md").is_file()
 
 
 def test_a_changed_ema_decay_takes_effect(quick_settings, monkeypatch):
@@ -804,3 +808,67 @@ def test_held_out_images_that_cannot_be_decoded_are_named(quick_settings, tmp_pa
     said = capsys.readouterr().out
     assert "Skipped a held-out image that cannot be decoded" in said
     assert "bad.png" in said
+
+
+@pytest.mark.parametrize("how", ["card", "copy"])
+def test_a_finished_run_is_left_as_it_is(quick_settings, tmp_path, capsys, how):
+    """Also with a person's card, and where a copy gave all files one date: calibration was lost."""
+    out = run(quick_settings, max_train_steps=2).output_dir
+    if how == "card":
+        (out / "README.md").write_text("my own words")
+        run(quick_settings, max_train_steps=4)
+    else:
+        run(quick_settings, max_train_steps=4)
+        out = Path(shutil.copytree(out, tmp_path / "copy"))
+        for path in [out / "README.md", *out.rglob("*")]:
+            os.utime(path, ns=(1, 1))
+        os.utime(out / "checkpoint-4", ns=(2, 2))
+    path = out / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace("{", '{"mine": 1,', 1))
+    assert run(quick_settings, max_train_steps=4, output_dir=str(out)).loss is None
+    assert "This run is finished" in capsys.readouterr().out
+    assert '"mine"' in path.read_text()
+
+
+def test_a_run_that_was_killed_while_it_ended_ends_again(quick_settings, monkeypatch, capsys):
+    out = run(quick_settings, max_train_steps=2).output_dir
+    with monkeypatch.context() as patch:
+        patch.setattr("ddpm_hf.outputs.write_card", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(quick_settings, max_train_steps=4)
+    write_card(out)  # as an evaluation does
+    capsys.readouterr()
+    run(quick_settings, max_train_steps=4)
+    assert "This run is finished" not in capsys.readouterr().out
+    assert read_record(out).finished
+    average = weights(out, "ema")
+    saved = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved[name], average[name]) for name in saved)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_more_steps_change_the_rate_of_the_next_step(quick_settings):
+    linear = dict(lr_scheduler="linear", use_ema=False)
+    run(quick_settings, max_train_steps=4, **linear)
+    went_on = run(quick_settings, max_train_steps=8, **linear)
+    rates = [json.loads(line) for line in (went_on.output_dir / "metrics.jsonl").open()]
+    # After step k of 8 the schedule stands at 1 - k / 8.
+    assert [row["lr"] for row in rates[4:]] == pytest.approx(
+        [2e-4 * (1 - k / 8) for k in (5, 6, 7, 8)]
+    )
+
+
+def test_snapshots_beyond_the_step_that_a_run_goes_on_from_go(quick_settings):
+    profiles = dict(ema_profiles="0.05,0.1", ema_snapshot_steps=1)
+    out = run(quick_settings, **profiles).output_dir
+    assert {snapshot.step for snapshot in list_snapshots(out)} == {1, 2, 3, 4}
+    config = TrainingConfig(
+        **{**quick_settings, **profiles, "resume_from_checkpoint": str(out / "checkpoint-2")}
+    )
+    built = Run.build(config)
+    with built.held():
+        assert open_folder(built) == 2
+    assert {snapshot.step for snapshot in list_snapshots(out)} == {1, 2}

@@ -192,9 +192,11 @@ def build_unet(arguments: dict, tensors: dict[str, Tensor]) -> UNet2DModel:
             f"{needed.get(differ[0], 'none')} and has {found.get(differ[0], 'none')}. It cannot "
             "hold this network exactly, or the checkpoint is not whole"
         )
-    # Each a tensor of its own: safetensors refuses parts of one storage.
-    own = {name: tensor.detach().float().contiguous().clone() for name, tensor in tensors.items()}
+    own = {}
     for name, tensor in tensors.items():
+        if not tensor.is_complex():
+            # Each a tensor of its own: safetensors refuses parts of one storage.
+            own[name] = tensor.detach().float().contiguous().clone()
         if tensor.is_complex() or not torch.isfinite(own[name]).all():
             raise InputError(f"{name} has values that float32 cannot hold; it is {tensor.dtype}")
     unet.load_state_dict(own, assign=True)
