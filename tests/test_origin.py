@@ -214,10 +214,10 @@ def test_a_kill_while_the_origin_is_kept_leaves_a_folder_that_can_be_used(
     config = TrainingConfig.from_model(trained, **PINNED, **settings)
     done = getattr(Path, name)
 
-    def killed(path, *arguments):
+    def killed(path, *arguments, **options):
         if "origin" in str(path):
             raise KeyboardInterrupt
-        return done(path, *arguments)
+        return done(path, *arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, name, killed)
