@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 r"""Train a denoising diffusion model of images.
 
-Five minutes, images included:
+Three to ten minutes on two CPU cores, images included:
     accelerate launch train_accelerate.py
 Your own images:
     accelerate launch train_accelerate.py --train_data_dir my_images --resolution 64 --random_flip

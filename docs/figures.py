@@ -47,7 +47,7 @@ SAMPLERS = {
     "unipc": "UniPC",
     "analytic-ddpm": "ancestral, optimal variance",
     "analytic-ddim": "DDIM, optimal variance",
-    "analytic-second-order": "DDIM of 2nd order, optimal variance",
+    "analytic-second-order": "second order, optimal variance",
 }
 
 

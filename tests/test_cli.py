@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -11,6 +12,8 @@ import pytest
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler
+from ddpm_hf.bound import output_folder
+from ddpm_hf.checkpoint import check_folder
 from ddpm_hf.cli import main, share_cores
 from ddpm_hf.errors import InputError
 from ddpm_hf.sampling import SCHEDULERS, load_pipeline, sample_to
@@ -154,6 +157,7 @@ def test_sampling_that_is_interrupted_leaves_no_unfinished_file(folder, tmp_path
         (dict(output="x.npy", grid="g.psd"), "grid must end like a picture, for example .png; got"),
         (dict(output=None, grid="pipe"), "pipe exists already"),
         (dict(output="empty.npy"), "empty.npy exists already: name another file"),
+        (dict(output="s.jpg"), "output must be a folder, .npy or .npz, and grid a picture"),
     ],
 )
 def test_bad_sampling_arguments(folder, options, message, tmp_path, monkeypatch):
@@ -286,3 +290,28 @@ def test_a_token_on_the_command_line_reaches_no_tracker(quick_settings, monkeypa
     said = capsys.readouterr()
     assert "hf_secretToken" not in said.out + said.err
     assert "`hf auth login` is safer" in said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "sample x --num_image 3 --grid g.png",
+            "unrecognized .* --num_image 3. Did you mean '--num",
+        ),
+        ("sample x --zzz --grid g.png", "unrecognized arguments: --zzz. --help lists all flags"),
+        ("push x --repo a --privat", "--privat. Did you mean '--private'"),
+        ("train --lr 1e-4", "unknown flag '--lr'. --help lists all flags"),
+    ],
+)
+def test_a_misspelt_flag_names_the_nearest(words, message, capsys):
+    assert main(words.split()) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_file_is_no_folder_to_write_to(folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="output_dir .*file is a file: name a folder"):
+        check_folder(tmp_path / "file")
+    with pytest.raises(InputError, match="output .*file is a file: name a folder"):
+        output_folder(str(folder), tmp_path / "file")

@@ -868,3 +868,17 @@ def test_a_grey_test_split_is_held_out_in_the_colours_of_training(tmp_path):
             image.save(tmp_path / "x" / part / f"{i}.png")
     images, held = held_out(tmp_path / "x", 0.5)
     assert held.centred(np.arange(1)).shape == images.centred(np.arange(1)).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("split", ["test", "tset", "train+test"])
+def test_a_split_that_a_folder_does_not_have_is_refused(tmp_path, split):
+    """Everything was trained on, under whatever name."""
+    save(tmp_path / "flat", "a.png", np.zeros((8, 8), np.uint8))
+    with pytest.raises(InputError, match="is no sub-folder of .*; a folder without any is `train`"):
+        load(tmp_path / "flat", split=split)
+    if split == "tset":
+        for name in ("train", "test"):
+            (tmp_path / "x" / name).mkdir(parents=True)
+            save(tmp_path / "x" / name, "a.png", np.zeros((8, 8), np.uint8))
+        with pytest.raises(InputError, match="split 'tset' is no sub-folder"):
+            load(tmp_path / "x", split=split)

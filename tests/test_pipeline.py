@@ -428,7 +428,7 @@ def test_a_class_conditional_pipeline_is_saved_and_loaded_with_its_names(class_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "class-conditional: pass class_labels, 0 to 2 .* or names like 'cat'"),
+        ({}, "class-conditional: pass class_labels, 0 to 2 .* or one of 'cat'"),
         (dict(class_labels=3), "class_labels must be 0 to 2 .*; got 3"),
         (dict(class_labels=[0, -1]), "class_labels must be 0 to 2 .*; got -1"),
         (dict(class_labels="cow"), "class_labels must be 0 to 2 .* 'cat'; got 'cow'"),

@@ -47,8 +47,8 @@ def check_variance(
     if asked and not isinstance(scheduler, DDPMScheduler):
         raise InputError(
             "eta, analytic and solver_order belong to this package's scheduler; the pipeline's "
-            f"is {type(scheduler).__name__}: leave them out, or set pipe.scheduler = "
-            "ddpm_hf.DDPMScheduler.from_config(pipe.scheduler.config)"
+            f"is {type(scheduler).__name__}: leave them out, or take --scheduler ddpm, in Python "
+            "pipe.scheduler = ddpm_hf.DDPMScheduler.from_config(pipe.scheduler.config)"
         )
     if eta is not None and not 0 <= eta <= 1:
         raise InputError(f"eta must be between 0 (DDIM) and 1 (DDPM); got {eta}")
@@ -109,7 +109,8 @@ def class_numbers(
             f"guidance_scale; got {guidance_scale}"
         )
     null = " (the last, the null class, is any class)" if has_null else ""
-    choices = f"0 to {num_embeds - 1}{null}" + (f" or names like {names[0]!r}" if names else "")
+    named = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
+    choices = f"0 to {num_embeds - 1}{null}" + (f" or one of {named}" if names else "")
     if class_labels is None:
         raise InputError(f"this network is class-conditional: pass class_labels, {choices}")
     if isinstance(class_labels, (Tensor, np.ndarray)):

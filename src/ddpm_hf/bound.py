@@ -146,8 +146,8 @@ def _check_visits(num_images: int, strata: Strata, seed: int) -> None:
     wanted = next(count for count in range(2 * largest, 5 * largest) if enough(count))
     raise InputError(
         f"every timestep needs two images or more, and {num_images} images at "
-        f"{len(strata.size)} timesteps each leave some with less: use {wanted} images or more, or "
-        "more timesteps of each"
+        f"{len(strata.size)} timesteps each leave some with less: use num_images of {wanted} or "
+        "more, or more timesteps"
     )
 
 
@@ -280,6 +280,8 @@ def _save(pipe: DDPMPipeline, folder: Path, *, in_place: bool) -> None:
 
 def output_folder(pipeline: str, output: str | Path | None) -> Path | None:
     """Where to write: `output`, or the pipeline's own folder, or nowhere for one of the Hub."""
+    if output is not None and Path(output).is_file():
+        raise InputError(f"output {output} is a file: name a folder")
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
         return Path(output)

@@ -362,6 +362,8 @@ def read_settings(directory: Path) -> dict[str, Any] | None:
 
 def check_folder(directory: Path) -> None:
     """Raise InputError if a folder holds something, and that is no run of ours."""
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"output_dir {directory} is a file: name a folder")
     there = set(directory.iterdir()) if directory.exists() else set()
     if there - {directory / LOCK, *leftovers(directory)} and read_settings(directory) is None:
         raise InputError(

@@ -15,7 +15,15 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import EXIT_FAILED, EXIT_INPUT, InputError, Stopped, TrainingError, check_choice
+from .errors import (
+    EXIT_FAILED,
+    EXIT_INPUT,
+    InputError,
+    Stopped,
+    TrainingError,
+    check_choice,
+    did_you_mean,
+)
 
 
 def train_command(argv: list[str], prog: str = "ddpm-hf train") -> Any:
@@ -113,7 +121,7 @@ def _sample_parser() -> "_Parser":
         type=int,
         default=1,
         choices=(1, 2),
-        help="2 for DDIM of second order, best in few steps, under ddpm (default: %(default)s).",
+        help="2 for DDIM of second order, under ddpm: for few steps (default: %(default)s).",
     )
     add("--output", help="Folder for PNGs, or a .npy or .npz file.")
     add("--grid", help="Picture of the first 64 images.")
@@ -182,8 +190,8 @@ def calibrate_command(argv: list[str]) -> Any:
             print(f"Optimal timesteps for {count} steps, in plain diffusers too by these lines:")
             print(stock_timesteps(chain))
         print(
-            "Fewer steps than trained now take the optimal variance. Ten look best so: ddpm-hf "
-            f"sample {result.output_dir} --solver_order 2 --num_inference_steps 10 --grid grid.png"
+            "Fewer steps than trained now take the optimal variance. What measured best in ten, on "
+            f"Fashion-MNIST: ddpm-hf sample {result.output_dir} --solver_order 2 --num_inference_steps 10 --grid grid.png"
         )
     return result
 
@@ -293,7 +301,10 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(prog, allow_abbrev=False, **options)
 
     def error(self, message: str):
-        raise InputError(message)
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        known = [flag for action in self._actions for flag in action.option_strings]
+        near = did_you_mean(words.split()[0].split("=")[0], known) if unknown else ""
+        raise InputError(message + ("." + (near or " --help lists all flags.") if unknown else ""))
 
 
 VERBS = {

@@ -120,7 +120,8 @@ def parse_command(
     found, unknown = make_parser(prog).parse_known_args(argv, nothing)
     if unknown:
         flag = unknown[0].split("=")[0].lstrip("-")
-        raise InputError(f"unknown flag {unknown[0]!r}.{did_you_mean(flag, field_names())}")
+        near = did_you_mean(flag, field_names()) or " --help lists all flags."
+        raise InputError(f"unknown flag {unknown[0]!r}.{near}")
     given = {name: value for name, value in vars(found).items() if value is not absent}
     command = CommandLine(**{name: given[name] for name in of_call & given.keys()})
     command.given = frozenset(given)

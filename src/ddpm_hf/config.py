@@ -103,7 +103,8 @@ class TrainingConfig:
     """All settings of `ddpm_hf.train`, named as in diffusers' train_unconditional.py if there.
 
     The defaults are the recipe `default`: what measured best for a user's own images (docs/log.md
-    holds the numbers).
+    holds the numbers). `preset` brings its network alone; its process and dropout come with it by
+    `from_recipe`, as on the command line.
 
     Raises:
         InputError: a number out of range, or settings that exclude each other.

@@ -139,7 +139,7 @@ def choose_checkpoint(run: Run) -> Path | None:
         if elsewhere or folder not in list_checkpoints(run.directory):
             raise InputError(
                 f"resume_from_checkpoint {wanted!r} is no checkpoint of this run, which has "
-                f"{[path.name for path in list_checkpoints(run.directory)]}"
+                f"{', '.join(path.name for path in list_checkpoints(run.directory)) or 'none'}"
             )
         verify(folder)
         return folder

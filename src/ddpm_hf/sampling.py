@@ -182,6 +182,8 @@ def _check(pipe, output, num_images, batch_size, seed, num_inference_steps, grid
         if not a_folder or any(Path(path).iterdir()):
             raise InputError(f"{path} exists already: name another file or an empty folder")
     kinds = Image.registered_extensions()  # what Pillow reads, some of which it writes
+    if output is not None and Path(output).suffix.lower() in kinds:
+        raise InputError(f"output must be a folder, .npy or .npz, and grid a picture; got {output}")
     if grid is not None and kinds.get(Path(grid).suffix.lower()) not in Image.SAVE:
         raise InputError(f"grid must end like a picture, for example .png; got {str(grid)!r}")
 

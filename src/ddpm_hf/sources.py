@@ -59,7 +59,11 @@ def open_dataset(
             # unless it has a sub-folder for the split.
             words = datasets.data_files.SPLIT_KEYWORDS
             names = [name for split in splits for name in words.get(split, [split])]
-            files = {} if has_splits(folder, names) else {splits[0]: "**"}
+            files = {} if has_splits(folder, names) else {"train": "**"}
+            if files and set(splits) != {"train"}:
+                raise InputError(
+                    f"split {split!r} is no sub-folder of {folder}; a folder without any is `train`"
+                )
             return datasets.load_dataset(
                 "imagefolder", data_dir=folder, data_files=files or None, **options
             )
