@@ -297,7 +297,7 @@ def test_a_token_on_the_command_line_reaches_no_tracker(quick_settings, monkeypa
     [
         (
             "sample x --num_image 3 --grid g.png",
-            "unrecognized .* --num_image 3. Did you mean '--num",
+            "--num_image 3. Did you mean '--num_images'",
         ),
         ("sample x --zzz --grid g.png", "unrecognized arguments: --zzz. --help lists all flags"),
         ("push x --repo a --privat", "--privat. Did you mean '--private'"),

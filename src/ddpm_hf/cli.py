@@ -191,7 +191,8 @@ def calibrate_command(argv: list[str]) -> Any:
             print(stock_timesteps(chain))
         print(
             "Fewer steps than trained now take the optimal variance. What measured best in ten, on "
-            f"Fashion-MNIST: ddpm-hf sample {result.output_dir} --solver_order 2 --num_inference_steps 10 --grid grid.png"
+            f"Fashion-MNIST: ddpm-hf sample {result.output_dir} --solver_order 2 "
+            "--num_inference_steps 10 --grid grid.png"
         )
     return result
 
