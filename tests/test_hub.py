@@ -81,7 +81,9 @@ def test_a_push_is_one_commit_of_what_may_leave(hub_server, saved, tmp_path):
 
 def test_pushes_after_the_first(hub_server, saved, tmp_path):
     """Private, no commit for nothing, no old weights, a person's card, branches, tags, requests."""
-    hub_server.add("org/old", {"unet/weights.bin": b"x", "README.md": b"words of a person"})
+    stale = {"unet/weights.bin": b"x", "results.json": b"[5]", "samples/grid.png": b"x"}
+    hub_server.add("org/old", stale | {"README.md": b"words of a person"})
+    hub_server.add("org/empty", {"README.md": b" "})
     said = push(
         hub_server,
         tmp_path,
@@ -92,6 +94,7 @@ def test_pushes_after_the_first(hub_server, saved, tmp_path):
         push_to_hub(folder, "org/old", message="new weights")
         push_to_hub(folder, "org/old", revision="next")
         push_to_hub(folder, "name-of-mine", private=False)
+        push_to_hub(folder, "org/empty")
         (folder / "README.md").write_text("---\\nlicense: mit\\n---\\nmine")
         print(push_to_hub(folder, "org/old", create_pr=True).url)
         push_to_hub(folder, "org/old")
@@ -105,13 +108,21 @@ def test_pushes_after_the_first(hub_server, saved, tmp_path):
     assert name.private
     assert len(name.history()) == 3  # made, pushed, pushed with another card
     assert name.tags["v1"] == name.branches["main"]
-    assert "unet/weights.bin" not in old.tree()
+    assert not stale.keys() & old.tree().keys()
+    assert MARK.encode() in hub_server.repos["model", "org/empty"].tree()["README.md"]
     assert old.tree()["README.md"].endswith(b"mine")
     kept = old.history()[1]
     assert (kept.title, kept.tree["README.md"]) == ("new weights", b"words of a person")
     assert "next" in old.branches
     assert not hub_server.repos["model", "tester/name-of-mine"].private
     assert set(old.pulls) == {1}
+
+
+def test_a_folder_that_has_no_card_makes_no_repository(hub_server, saved, tmp_path):
+    (saved / "training.json").write_text("{")
+    said = push(hub_server, tmp_path, 'told(push_to_hub, folder, "org/new")', saved)
+    assert "cannot read" in said
+    assert not hub_server.repos
 
 
 def test_what_a_person_can_get_wrong_is_a_line_each_and_nothing_is_pushed(
