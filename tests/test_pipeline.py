@@ -431,7 +431,7 @@ def test_a_class_conditional_pipeline_is_saved_and_loaded_with_its_names(class_p
         ({}, "class-conditional: pass class_labels, 0 to 2 .* or one of 'cat'"),
         (dict(class_labels=3), "class_labels must be 0 to 2 .*; got 3"),
         (dict(class_labels=[0, -1]), "class_labels must be 0 to 2 .*; got -1"),
-        (dict(class_labels="cow"), "class_labels must be 0 to 2 .* 'cat'; got 'cow'"),
+        (dict(class_labels="cow"), "class_labels must be 0 to 2 .* 'cat', 'dog'; got 'cow'"),
         (dict(class_labels=torch.tensor([0.0, 1.0])), "class_labels must be 0 to 2 .*; got 0.0"),
         (dict(class_labels=[0]), "or one each: got 1 class_labels for batch_size=2"),
     ],
@@ -554,7 +554,7 @@ def test_a_variance_that_cannot_be_is_refused(pipe, options, message):
 
 
 def test_other_schedulers_have_no_eta(pipe):
-    with pytest.raises(InputError, match="the pipeline's is DDIMScheduler: leave them out, or set"):
+    with pytest.raises(InputError, match="the pipeline's is DDIMScheduler: leave them out, or take"):
         images_of(swap(pipe, "DDIMScheduler"), eta=0.0)
 
 
