@@ -78,6 +78,8 @@ def open_dataset(
                 return found
             return found.to_iterable_dataset(num_shards=len(found) // ROWS_PER_SHARD + 1)
         return datasets.load_dataset(name, config.dataset_config_name, **options)
+    except InputError:
+        raise
     # `datasets` has no common base class for what it raises about names, files, splits and
     # networks.
     except (
