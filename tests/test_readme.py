@@ -1,4 +1,4 @@
-"""The commands and code that the README shows are accepted by the program."""
+"""The commands and code that the README and its pages show are accepted by the program."""
 
 import ast
 import re
@@ -13,7 +13,13 @@ from ddpm_hf.recipe import recipe_names
 from .conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+PAGES = [REPOSITORY / "README.md"]
+PAGES += [REPOSITORY / "docs" / f"{name}.md" for name in ("training", "hub", "convert")]
+BLOCKS = [
+    block
+    for page in PAGES
+    for block in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), re.DOTALL)
+]
 COMMANDS = [
     line
     for language, block in BLOCKS
@@ -87,6 +93,16 @@ def test_every_recipe_is_in_the_readme_and_no_other():
     assert named == set(recipe_names())
 
 
-def test_pictures_and_links_exist():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert all((REPOSITORY / link).exists() for link in links), links
+@pytest.mark.parametrize(
+    "page", [PAGES[0], *sorted((REPOSITORY / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_pictures_and_links_exist(page):
+    """Files beside the page, and their headings."""
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text())
+    for link, anchor in links:
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in anchors, f"{link}#{anchor}"
