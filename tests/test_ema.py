@@ -405,8 +405,11 @@ def test_errors_of_the_verb_are_one_line(trained, tmp_path, words, message, caps
 
 
 def test_folders_that_cannot_be_averaged(trained, tmp_path):
-    with pytest.raises(InputError, match="nowhere holds no snapshots: train with --ema_profiles"):
+    with pytest.raises(InputError, match="nowhere is no folder: name the folder of a run"):
         post_hoc(tmp_path / "nowhere", 0.07, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty holds no snapshots: train with --ema_profiles"):
+        post_hoc(tmp_path / "empty", 0.07, tmp_path / "out")
     with pytest.raises(InputError, match="trained exists already: name another folder"):
         post_hoc(trained, 0.07, trained)
     (trained / "model_index.json").unlink()

@@ -51,7 +51,7 @@ def test_the_averaging_command_is_accepted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (command,) = [line for line in COMMANDS if line.startswith("ddpm-hf ema")]
     assert main(shlex.split(command)[1:]) == 2
-    assert "out/profiles holds no snapshots" in capsys.readouterr().err
+    assert "out/profiles is no folder" in capsys.readouterr().err
 
 
 def test_the_pushing_command_is_accepted(tmp_path, monkeypatch, capsys):

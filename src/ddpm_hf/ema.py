@@ -337,7 +337,7 @@ def reconstruct(run_dir: str | Path, length: float, step: int | None = None) -> 
         step: Stored step that it ends at; the last when not given.
 
     Raises:
-        InputError: a length out of range, too few snapshots, or none at that step.
+        InputError: a length out of range, no such folder, too few snapshots, or none at that step.
     """
     gamma = gamma_of_length(length)
     snapshots = _usable_snapshots(Path(run_dir), step)
@@ -355,6 +355,8 @@ def reconstruct(run_dir: str | Path, length: float, step: int | None = None) -> 
 
 def _usable_snapshots(run_dir: Path, step: int | None) -> list[Snapshot]:
     """The snapshots up to `step`; InputError if they are not enough."""
+    if not run_dir.is_dir():
+        raise InputError(f"{run_dir} is no folder: name the folder of a run")
     snapshots = list_snapshots(run_dir)
     if not snapshots:
         raise InputError(f"{run_dir} holds no snapshots: train with --ema_profiles 0.05,0.10")
