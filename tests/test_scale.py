@@ -24,7 +24,14 @@ from ddpm_hf.checkpoint import list_checkpoints
 from ddpm_hf.errors import EXIT_STOPPED
 from ddpm_hf.presets import build_unet, unet_config
 from ddpm_hf.probe import count_flops
-from ddpm_hf.streaming import MOST_SHARDS, SHARDS_PER_LANE, WINDOW, LaneStream, StreamedImages
+from ddpm_hf.streaming import (
+    MOST_SHARDS,
+    SHARDS_PER_LANE,
+    WINDOW,
+    WINDOW_BYTES,
+    LaneStream,
+    StreamedImages,
+)
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / "accelerate_configs"
@@ -166,9 +173,11 @@ def test_a_checkpoint_is_sixteen_bytes_a_parameter(quick_settings):
 def test_lanes_of_a_streamed_set_are_as_many_as_the_document_says():
     assert f"{WINDOW:,} of them over all lanes" in DOCUMENT
     assert f"More than {MOST_SHARDS:,} files" in DOCUMENT
+    assert "at most 1 GiB of them as" in DOCUMENT
+    assert WINDOW_BYTES == 2**30
     assert SHARDS_PER_LANE == 8
     kind = dict(source=None, decoder=None, size=(64, 64), channels=3, deep=False, skip=False)
-    kind |= dict(num_classes=None, class_names=None, probe="", num_threads=1)
+    kind |= dict(num_classes=None, class_names=None, probe="", image_bytes=0, num_threads=1)
     assert "| 64 lanes x 8 = 512," in DOCUMENT
     assert "with 100 files | 8 lanes," in DOCUMENT
     for files, lanes in ((512, 64), (100, 8)):

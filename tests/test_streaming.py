@@ -288,6 +288,16 @@ def test_a_process_ends_quietly_in_the_middle_of_a_shard(shards):
     assert "Exception ignored" not in done.stderr
 
 
+def test_blocks_of_large_images_are_of_fewer(shards, small_window, monkeypatch):
+    weight = load_stream(settings(shards)).image_bytes
+    encoded = [row["image"]["bytes"] for row in load_stream(settings(shards)).source.take(64)]
+    assert weight == sum(map(len, encoded)) // 64 > 0
+    monkeypatch.setattr(streaming, "WINDOW_BYTES", 17 * weight)
+    assert stream(shards).window == 16
+    monkeypatch.setattr(streaming, "WINDOW_BYTES", 1)
+    assert stream(shards).window == 8  # a global batch at least
+
+
 def test_blocks_do_not_go_back(shards, small_window):
     found = stream(shards)
     last = numbers(found.batch(7))

@@ -41,6 +41,9 @@ WINDOW = 8192
 bytes are held, and at the end of a block those of the next.
 """
 
+WINDOW_BYTES = 2**30
+"""At most so many bytes in those blocks, as the first images weigh: of large photographs, fewer."""
+
 SHARDS_PER_LANE = 8
 """At least, so that the lanes' epochs are of about the same length."""
 
@@ -75,6 +78,7 @@ class StreamedImages:
         skip: Whether images that cannot be decoded are passed over.
         num_classes, class_names: As in `images.ImageSet`.
         probe: Hash of the first 64 images.
+        image_bytes: Mean size of these, encoded; 0 where each is a file of its own.
         num_threads: Threads that decode.
         corrupt: What could not be decoded so far, and why, by shard and row.
     """
@@ -89,6 +93,7 @@ class StreamedImages:
     num_classes: int | None
     class_names: list[str] | None
     probe: str
+    image_bytes: int
     num_threads: int
     corrupt: dict[tuple[int, int], str] = field(default_factory=dict)
 
@@ -153,7 +158,9 @@ def load_stream(config: TrainingConfig) -> StreamedImages:
     column = decoder.keywords["column"]
     columns = [column, label_column] if label_column else [column]
     source = source.select_columns(columns).cast_column(column, datasets.Image(decode=False))
-    decoded = [decoder(cells, row) for row, cells in enumerate(source.take(PROBE))]
+    rows = list(source.take(PROBE))
+    encoded = [len((cells[column] or {}).get("bytes") or b"") for cells in rows]
+    decoded = [decoder(cells, row) for row, cells in enumerate(rows)]
     found = [row for row in decoded if row["fault"] is None]
     faults = [row["fault"] for row in decoded if row["fault"] is not None]
     if not found or (faults and config.corrupt_images == "raise"):
@@ -174,6 +181,7 @@ def load_stream(config: TrainingConfig) -> StreamedImages:
         num_classes=features[label_column].num_classes if label_column else None,
         class_names=features[label_column].names if label_column else None,
         probe=hashlib.sha256(repr(found).encode()).hexdigest(),
+        image_bytes=sum(encoded) // len(encoded),
         num_threads=max(1, config.dataloader_num_workers),
     )
 
@@ -268,7 +276,8 @@ class LaneStream:
     def __post_init__(self) -> None:
         most = max(1, self.images.num_shards // SHARDS_PER_LANE)
         self.lanes = max(n for n in range(1, most + 1) if self.global_batch_size % n == 0)
-        self.steps_per_block = max(1, WINDOW // self.global_batch_size)
+        window = min(WINDOW, WINDOW_BYTES // max(1, self.images.image_bytes))
+        self.steps_per_block = max(1, window // self.global_batch_size)
         self._pool = ThreadPoolExecutor(self.images.num_threads)
         # datasets' open readers must end before Python does, or each says that it could not.
         weakref.finalize(self, self.opened.clear)
