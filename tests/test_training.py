@@ -166,6 +166,13 @@ def test_another_run_in_the_same_folder_is_refused(quick_settings, changes, name
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
 
 
+def test_another_run_is_refused_before_its_images_are_decoded(quick_settings, tmp_path):
+    run(quick_settings, max_train_steps=1)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="is another one: seed was 0, now 1"):
+        run(quick_settings, seed=1, dataset_name=None, train_data_dir=str(tmp_path), split="train")
+
+
 def test_overwriting_starts_afresh(quick_settings):
     run(quick_settings)
     result = run(quick_settings, seed=1, max_train_steps=1, overwrite_output_dir=True)

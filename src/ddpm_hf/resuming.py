@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .card import located
 from .checkpoint import (
     CONFIG,
     Checkpoint,
@@ -42,7 +40,7 @@ from .images import to_network
 from .origin import KEPT, keep_origin
 from .pictures import save_image_grid
 from .publishing import finish_pushes, publish_checkpoint
-from .run import Run, same_command
+from .run import Run, identity_of, same_command
 from .stopping import UpdateGuard
 from .streaming import merge_states
 from .uploads import STOP_WAIT
@@ -55,12 +53,8 @@ def open_folder(run: Run) -> int:
         InputError: the folder holds something else, or a run with another identity.
     """
     accelerator, config = run.accelerator, run.config
-    trained = config.loss == "vlb" or config.variance_type == "learned_range"
-    settings = located(asdict(config)) | {
-        "global_batch_size": run.plan.global_batch_size,
-        "trained_variance": config.variance_type if trained else "none",
-        "data_fingerprint": run.stream.images.fingerprint(),
-    }
+    settings = identity_of(config, run.plan.global_batch_size)
+    settings["data_fingerprint"] = run.stream.images.fingerprint()
     if not config.starts_afresh:
         for line in compare_runs(run.directory, settings):
             accelerator.print(line)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ from diffusers import UNet2DModel
 from filelock import FileLock
 from torch import Tensor
 
-from .checkpoint import check_folder, read_settings, unlock_folder, whole
+from .card import located
+from .checkpoint import check_folder, compare_runs, read_settings, unlock_folder, whole
 from .config import TrainingConfig
 from .data import ImageStream, check_batch, load_images, shuffled, split_held_out
 from .devices import (
@@ -116,6 +117,8 @@ class Run:
             config.resume_from_checkpoint = "latest"
         before = None if config.starts_afresh else read_settings(config.run_dir)
         plan = plan_batch(config, processes.num_processes, before)
+        if before is not None:  # another run is refused before its images are decoded
+            compare_runs(config.run_dir, identity_of(config, plan.global_batch_size))
         stream, held_out = in_turn(processes, partial(open_images, config, plan.global_batch_size))
         images = stream.images
         if not config.streaming:
@@ -460,6 +463,15 @@ def same_command(config: TrainingConfig) -> str:
     }
     words = " and ".join(flag for flag, given in left_out.items() if given)
     return f"the same command without {words}" if words else "the same command again"
+
+
+def identity_of(config: TrainingConfig, global_batch_size: int) -> dict[str, Any]:
+    """The settings of a run as its folder has them, with what they say together."""
+    trained = config.loss == "vlb" or config.variance_type == "learned_range"
+    return located(asdict(config)) | {
+        "global_batch_size": global_batch_size,
+        "trained_variance": config.variance_type if trained else "none",
+    }
 
 
 def open_images(
