@@ -294,10 +294,10 @@ def test_deep_images_have_no_bits_per_dim(model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(timesteps=1), "timesteps must be between 2 and the 50 trained ones; got 1"),
-        (dict(num_images=0), "num_images must be at least 1; got 0"),
-        (dict(batch_size=0), "batch_size must be at least 1; got 0"),
-        (dict(seed=-1), "seed must be at least 0; got -1"),
+        (dict(timesteps=1), "timesteps must be a whole number between 2 and 50; got 1"),
+        (dict(num_images=0), "num_images must be a whole number at least 1; got 0"),
+        (dict(batch_size=0), "batch_size must be a whole number at least 1; got 0"),
+        (dict(seed=-1), "seed must be a whole number at least 0; got -1"),
         (dict(strip_timesteps=[50]), r"must be timesteps from 0 to 49; got \[50\]"),
         (dict(strip_timesteps=[]), r"must be timesteps from 0 to 49; got \[\]"),
         (dict(split="tset"), "cannot load the image set"),
@@ -328,11 +328,11 @@ def test_bad_command_lines(argv, message, capsys, monkeypatch):
     ("options", "message"),
     [
         (dict(timesteps=10), "every timestep needs two images or more, and 7 images at 10 time"),
-        (dict(steps=[1]), "steps must be between 2 and the 50 trained timesteps; got 1"),
-        (dict(steps=[10, 51]), "steps must be between 2 and the 50 trained timesteps; got 51"),
-        (dict(timesteps=51), "timesteps must be between 2 and the 50 trained ones; got 51"),
-        (dict(timesteps=0), "timesteps must be between 2 and the 50 trained ones; got 0"),
-        (dict(seed=-1), "seed must be at least 0; got -1"),
+        (dict(steps=[1]), "steps must be a whole number between 2 and 50; got 1"),
+        (dict(steps=[10, 51]), "steps must be a whole number between 2 and 50; got 51"),
+        (dict(timesteps=51), "timesteps must be a whole number between 2 and 50; got 51"),
+        (dict(timesteps=0), "timesteps must be a whole number between 2 and 50; got 0"),
+        (dict(seed=-1), "seed must be a whole number at least 0; got -1"),
     ],
 )
 def test_what_calibration_cannot_do_is_said_before_it_measures(

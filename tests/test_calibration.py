@@ -287,7 +287,7 @@ def test_costs_are_of_steps_back_only_and_never_negative():
 
 @pytest.mark.parametrize("steps", [[1], [25, 1001]])
 def test_a_number_of_steps_out_of_range(steps):
-    with pytest.raises(InputError, match=f"between 2 and the 1000 .*; got {steps[-1]}"):
+    with pytest.raises(InputError, match=f"whole number between 2 and 1000; got {steps[-1]}"):
         optimal_timesteps(torch.zeros(1000, 1000), steps)
 
 
@@ -340,6 +340,16 @@ def test_neighbours_make_the_variance_of_x_0_steadier_and_do_not_bend_it():
     sums.timesteps[2] *= 1 + error
     ratio = (estimate_x_0_variance(sums).value / exact - 1)[200:800]
     assert ratio.std() < 0.1 / 21**0.5 * 1.5  # means of 21, whose own mean moves it a little
+
+
+def test_errors_of_two_visits_are_those_of_a_sample():
+    """Of 1.0 and 1.2 the mean is known to 0.1: n - 1 in the variance, and not n."""
+    sums = BoundSums.zeros(5)  # without neighbours
+    sums.timesteps[0], sums.timesteps[2], sums.timesteps[9] = 2, 0.5 + 0.7, 0.5**2 + 0.7**2
+    sums.timesteps[4], sums.timesteps[6] = 1.0 + 1.2, 1.0**2 + 1.2**2
+    sums.timesteps[5], sums.timesteps[7], sums.timesteps[8] = 2, 2, 1.0 + 1.2  # noise 1 and 1
+    for estimate in (estimate_x_0_variance(sums), estimate_mean_square_eps(sums)):
+        assert estimate.standard_error.tolist() == pytest.approx([0.1] * 5, rel=1e-6)  # float64
 
 
 def test_an_estimate_needs_two_visits_of_every_timestep():

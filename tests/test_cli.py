@@ -148,11 +148,17 @@ def test_sampling_that_is_interrupted_leaves_no_unfinished_file(folder, tmp_path
     ("options", "message"),
     [
         (dict(output=None), "name what to write: output, grid or both"),
-        (dict(output="x.npy", num_images=0), "num_images must be at least 1; got 0"),
-        (dict(output="x.npy", batch_size=0), "batch_size must be at least 1; got 0"),
-        (dict(output="x.npy", seed=-1), "seed must be at least 0; got -1"),
-        (dict(output="x.npy", num_inference_steps=0), "must be between 1 and 1000; got 0"),
-        (dict(output="x.npy", num_inference_steps=1001), "must be between 1 and 1000; got 1001"),
+        (dict(output="x.npy", num_images=0), "num_images must be a whole number at least 1; got 0"),
+        (dict(output="x.npy", batch_size=0), "batch_size must be a whole number at least 1; got 0"),
+        (dict(output="x.npy", seed=-1), "seed must be a whole number at least 0; got -1"),
+        (
+            dict(output="x.npy", num_inference_steps=0),
+            "must be a whole number between 1 and 1000; got 0",
+        ),
+        (
+            dict(output="x.npy", num_inference_steps=1001),
+            "must be a whole number between 1 and 1000; got 1001",
+        ),
         (dict(output="x.npy", grid="g"), "grid must end like a picture, for example .png; got 'g'"),
         (dict(output="x.npy", grid="g.psd"), "grid must end like a picture, for example .png; got"),
         (dict(output=None, grid="pipe"), "pipe exists already"),

@@ -82,6 +82,58 @@ def test_latents_of_encode_start_a_pipeline(pipe):
     torch.testing.assert_close(sampled, decoded, rtol=0, atol=1e-5)  # float32
 
 
+def of_classes(pipe):
+    """A network of two classes, whose pixels are those of the world, and those upside down."""
+
+    def forward(x_t, t, class_labels=None):
+        a = pipe.scheduler.alpha_bar_at(t).float().reshape(-1, *[1] * (t.ndim * 3))
+        mean = WORLD.m * (1 - 2 * class_labels.reshape(-1, 1, 1, 1))
+        centred = x_t - a.sqrt() * mean
+        return UNet2DOutput(sample=(1 - a).sqrt() * centred / (a * WORLD.c + 1 - a))
+
+    pipe.unet.register_to_config(num_class_embeds=3)
+    pipe.unet.forward = forward
+
+
+def test_each_image_is_encoded_and_decoded_as_of_its_class(pipe):
+    of_classes(pipe)
+    x_0 = world_images(2, 1, 8, 8)
+    latents = pipe.encode(x_0, 10, class_labels=[0, 1])
+    for i in (0, 1):
+        alone = pipe.encode(x_0[i : i + 1], 10, class_labels=i)
+        torch.testing.assert_close(latents[i : i + 1], alone, rtol=0, atol=1e-5)  # float32
+        other = pipe.encode(x_0[i : i + 1], 10, class_labels=1 - i)
+        assert (latents[i] - other[0]).abs().mean() > 0.1
+    back = pipe.decode(latents, 10, class_labels=[0, 1])
+    one = pipe.decode(latents[1:], 10, class_labels=1)
+    torch.testing.assert_close(back[1:], one, rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="this network is class-conditional: pass class_labels"):
+        pipe.encode(x_0, 10)
+
+
+def test_an_image_is_denoised_as_of_its_class(pipe):
+    of_classes(pipe)
+    pipe.scheduler.register_to_config(clip_sample=False)
+    y = torch.zeros(1, 1, 8, 8)
+    for label, sign in ((0, 1), (1, -1)):
+        made = pipe.denoise_image(
+            y, 1000.0, num_images=4, class_label=label, output_type="pt", num_inference_steps=50
+        )
+        assert (made.images.mean() - 0.5).sign() == sign * (1 if WORLD.m > 0 else -1)
+
+
+def test_what_a_broken_network_makes_is_refused(pipe):
+    pipe.unet.forward = lambda x_t, t, class_labels=None: UNet2DOutput(sample=x_t * torch.nan)
+    for call in (
+        lambda: pipe(1, num_inference_steps=2),
+        lambda: pipe.encode(FLOATS, 2),
+        lambda: pipe.decode(FLOATS, 2),
+        lambda: pipe.denoise_image(FLOATS, 20.0, num_inference_steps=10),
+    ):
+        with pytest.raises(InputError, match="the network's output is not finite: its weights"):
+            call()
+
+
 def test_pil_images_bytes_and_floats_are_the_same_image(pipe):
     pixels = ((images(1, 1, 8, 8) + 1) * 127.5).round().to(torch.uint8)
     pil = Image.fromarray(pixels[0, 0].numpy())
@@ -169,6 +221,36 @@ def test_noise_that_was_cut_off_is_drawn_beyond(known_image):
     # Of 40 draws or so, each .1 off; the first pass alone is .14 lower.
     assert drawn[:, grey[0]].mean().item() == pytest.approx(mean, abs=0.07)
     torch.testing.assert_close(x_0_hat, x_0.expand(8, -1, -1, -1), rtol=0, atol=1e-4)  # float32
+
+
+@pytest.mark.parametrize("level", [10.0, 20.0, 30.0, 60.0])
+@pytest.mark.parametrize("clean", [0.0, -1.5])
+def test_noise_that_is_drawn_leads_where_the_image_was(pipe, level, clean):
+    """A white pixel stays white, however unlikely the network takes it to be."""
+    y = torch.zeros(1, 1, 8, 8)
+    y[..., 3, 3] = 1.0
+    t = torch.tensor(timestep_of_noise(pipe.scheduler, level))
+    alpha_bar = pipe.scheduler.alpha_bar_at(t)
+
+    def predict(x_t, t):
+        return pipe.scheduler.to_eps(torch.full_like(x_t, clean), x_t, t)
+
+    x_t, _ = noised_as(predict, pipe.scheduler, y, t, noise(50, 1, 8, 8))
+    drawn = (x_t / alpha_bar.sqrt()).float()[..., 3, 3]
+    sigma = float((1 / alpha_bar - 1).sqrt())
+    assert drawn.min() >= 1 - 1e-6  # float32
+    # Of 1 + 4 sigma it would be by one draw in 10,000 if it were near; from further still less.
+    assert drawn.max() < 1 + 4 * sigma
+    if clean < -1:  # taken for black, and not for more
+        far = torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor(-2 / sigma))
+        assert (drawn > 1 + 1e-6).any() == (far > 1e-7).item()
+
+
+@pytest.mark.parametrize(("level", "least", "most"), [(150, 130, 170), (400, 160, 171)])
+def test_cut_off_noise_is_looked_for_up_to_a_level(known_image, level, least, most):
+    pipe, x_0 = known_image
+    y = bytes_of(x_0 + level / 127.5 * noise(*x_0.shape))
+    assert least < pipe.denoise_image(y, num_inference_steps=2).noise_level < most
 
 
 def test_only_pixels_at_the_ends_of_an_image_that_ends_there_are_cut_off():
@@ -359,6 +441,8 @@ def denoise(**options):
         (denoise(num_inference_steps=-3), "between 1 and 1000; got -3"),
         (denoise(num_inference_steps=1001), "between 1 and 1000; got 1001"),
         (denoise(generator=[torch.Generator()] * 2), "per image: got 2 for num_images=1"),
+        (denoise(generator=5), "generator must be a torch.Generator, or a list .*; got 5"),
+        (denoise(class_label=[0, 1]), r"class_label is one for all samples .*; got \[0, 1\]"),
     ],
 )  # fmt: skip
 def test_bad_input(pipe, call, message):

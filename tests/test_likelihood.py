@@ -287,5 +287,25 @@ def test_a_broken_network_is_refused():
 
 @pytest.mark.parametrize("count", [1, 1001])
 def test_a_number_of_timesteps_out_of_range(count):
-    with pytest.raises(InputError, match=f"between 2 and the 1000 trained ones; got {count}"):
+    with pytest.raises(InputError, match=f"whole number between 2 and 1000; got {count}"):
         Strata.split(1000, count)
+
+
+def test_the_bound_asks_no_float64_of_the_images_device():
+    """MPS has none. What is made of the images is watched; tables are float64, on the CPU."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.ndim == 4 and result.numel() > 2:
+                assert result.dtype != torch.float64, function
+            return result
+
+    scheduler = DDPMScheduler(20, beta_end=0.5)
+    with Watch():
+        bits_per_dim(gaussian_network(scheduler), scheduler, on_levels(2, 1, 4, 4), fixed_noise)
+
+
+def fixed_noise(t):
+    return noise(len(t), 1, 4, 4)

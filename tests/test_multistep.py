@@ -1,6 +1,7 @@
 """DDIM of second order: diffusers' UniPC where it adds no noise, and a kept noise where it does."""
 
 import itertools
+from functools import partial
 
 import diffusers
 import pytest
@@ -8,7 +9,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
-from ddpm_hf.calibration import store
+from ddpm_hf.calibration import Estimate, store
 from ddpm_hf.cli import main
 from ddpm_hf.errors import InputError
 from ddpm_hf.multistep import SecondOrder
@@ -190,3 +191,39 @@ def test_a_learned_variance_is_left_out():
     assert torch.equal(
         SecondOrder(learned).step(torch.cat([output, output], 1), x, 999)[0], expected
     )
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_what_the_noise_does_to_data_of_an_exact_network(settings):
+    """The noise is optimal for a step by one prediction: DDIM ends at the data's variance by it,
+    and second order, which misses less, beyond (see the module's docstring).
+    """
+    scheduler = DDPMScheduler(clip_sample=False, timestep_spacing="trailing", **settings)
+    alpha_bar = scheduler.alpha_bar[1:]
+    around = WORLD.c * (1 - alpha_bar) / (alpha_bar * WORLD.c + 1 - alpha_bar)
+    around = Estimate(around, torch.zeros(1000).double())
+    store(scheduler, world_statistics(scheduler), x_0_variance=around)
+
+    def network(x_t, t):
+        a = scheduler.alpha_bar_at(int(t)).item()
+        centred = (x_t - a**0.5 * WORLD.m) / (a * WORLD.c + 1 - a)
+        x_0_hat = WORLD.m + a**0.5 * WORLD.c * centred
+        return scheduler.target(x_0_hat, (1 - a) ** 0.5 * centred, int(t))
+
+    scheduler.set_timesteps(10)
+    x_T = noise(4, 1, 128, 128)
+    spread = {}
+    for name, solver in {
+        "first": partial(scheduler.reverse_step, eta=0.0, analytic=True),
+        "second": SecondOrder(scheduler, analytic=True).step,
+        "without": SecondOrder(scheduler).step,
+    }.items():
+        x, generator = x_T, torch.Generator().manual_seed(5)
+        for t in scheduler.timesteps[:-1]:
+            x, _ = solver(network(x, t), x, t, generator)
+        a = float(scheduler.alpha_bar_at(int(scheduler.timesteps[-1])))
+        spread[name] = x.var().item() / (a * WORLD.c + 1 - a)
+    # Of 65,536 pixels a variance is known to 0.6 %.
+    assert spread["first"] == pytest.approx(1, abs=0.03)
+    assert spread["without"] == pytest.approx(1, abs=0.06)
+    assert 1.1 < spread["second"] < 1.4

@@ -259,14 +259,20 @@ def test_a_stock_scheduler_is_upgraded_and_any_other_is_left(tiny_unet):
 
 
 def test_leading_spacing_that_misses_the_noise_is_warned_about(tiny_unet, caplog):
-    """Pitfall 4.2: 600 of 1,000 leading steps start at timestep 599."""
-    pipe = DDPMPipeline(tiny_unet, diffusers.DDPMScheduler(num_train_timesteps=20))
-    pipe.set_progress_bar_config(disable=True)
+    """Pitfall 4.2: 600 of 1,000 leading steps start at timestep 599; 3 at 666, 10 at 900."""
     diffusers.utils.logging.enable_propagation()
-    for steps, warned in ((10, False), (11, True), (19, True), (20, False)):
+    pipe = DDPMPipeline(tiny_unet, diffusers.DDPMScheduler())
+    pipe.unet.forward = lambda x, *_, **__: UNet2DOutput(sample=x)  # many steps
+    pipe.set_progress_bar_config(disable=True)
+    for steps, warned in ((1, "0"), (3, "666"), (10, ""), (600, "599"), (999, ""), (1000, "")):
         caplog.clear()
         pipe(1, seeded(), steps)
-        assert ("starts" in caplog.text) is warned, steps
+        assert bool(warned) is ("starts" in caplog.text), steps
+        assert f"steps at timestep {warned}" in caplog.text or not warned
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    caplog.clear()
+    pipe(1, seeded(), 3)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(("name", "steps", "warned"), [
@@ -296,7 +302,13 @@ def test_a_progress_bar_is_shown(tiny_unet, capsys):
         (dict(num_inference_steps=0), "must be a whole number between 1 and 1000; got 0"),
         (dict(num_inference_steps=1001), "must be a whole number between 1 and 1000; got 1001"),
         (dict(num_inference_steps="5"), "must be a whole number between 1 and 1000; got '5'"),
+        (dict(batch_size=True), "batch_size must be a whole number at least 1; got True"),
         (dict(batch_size=3, generator=[seeded()] * 2), "one generator per image: got 2"),
+        (dict(generator=5), "generator must be a torch.Generator, or a list .*; got 5"),
+        (dict(generator=[1]), r"generator must be a torch.Generator, or a list .*; got \[1\]"),
+        (dict(guidance_scale="3"), "guidance_scale must be a finite number, .*; got '3'"),
+        (dict(guidance_scale=float("nan")), "guidance_scale must be a finite number, .*; got nan"),
+        (dict(eta="1"), r"eta must be between 0 \(DDIM\) and 1 \(DDPM\); got '1'"),
     ],
 )
 def test_bad_arguments(pipe, arguments, message):

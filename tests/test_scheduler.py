@@ -915,6 +915,13 @@ def test_zero_terminal_snr_works_with_v_prediction():
             dict(trained_betas=[0.1, 0.5, 1.0], num_train_timesteps=3),
             "'epsilon' cannot recover the image from pure noise",
         ),
+        (dict(beta_end=0.9), "'epsilon' cannot recover the image from pure noise"),
+        (
+            dict(
+                trained_betas=[0.1, 1.0, 0.3], num_train_timesteps=3, prediction_type="v_prediction"
+            ),
+            "only the last timestep may be pure noise, .* timestep 1 of 3 is",
+        ),
         (dict(variance_type="other"), "variance_type must be one of fixed_small, .*; got 'other'"),
         (dict(prediction_type="v"), "prediction_type must be one of epsilon, .*; got 'v'"),
         (dict(prediction_type="eps"), "prediction_type must be one of"),
@@ -939,8 +946,10 @@ def test_constructor_refuses_an_unknown_beta_schedule_as_diffusers_does():
             dict(num_inference_steps=2, timesteps=[9, 3]),
             "pass either num_inference_steps or timesteps",
         ),
-        (dict(num_inference_steps=0), "num_inference_steps must be at least 1; got 0"),
-        (dict(num_inference_steps=-3), "num_inference_steps must be at least 1; got -3"),
+        (dict(num_inference_steps=0), "steps must be a whole number at least 1; got 0"),
+        (dict(num_inference_steps=-3), "steps must be a whole number at least 1; got -3"),
+        (dict(num_inference_steps=2.5), "steps must be a whole number at least 1; got 2.5"),
+        (dict(timesteps=[9.5, 3]), r"descending list of timesteps >= 0; got \[9.5, 3\]"),
         (dict(num_inference_steps=1001), "1001 cannot be larger than"),
         (dict(timesteps=[]), r"descending list of timesteps >= 0; got \[\]"),
         (dict(timesteps=[9, -1]), r"descending list of timesteps >= 0; got \[9, -1\]"),

@@ -1,9 +1,11 @@
 """What a call of the pipeline is given: checked, and classes as numbers."""
 
+import math
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
+import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
@@ -24,17 +26,24 @@ def check_output_type(output_type: str | None) -> None:
         )
 
 
-def check_whole(name: str, value: object, least: int = 1, most: int | None = None) -> None:
-    """Raise InputError unless a value is a whole number from `least` to `most`."""
-    if not isinstance(value, Integral) or value < least or (most is not None and value > most):
-        rule = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise InputError(f"{name} must be a whole number {rule}; got {value!r}")
-
-
 def check_generators(generator: object, name: str, number: int) -> None:
-    """Raise InputError for a list of generators that is not one for each image."""
+    """Raise InputError for what is neither a generator nor a list of one for each image."""
+    each = generator if isinstance(generator, list) else [generator]
+    if generator is not None and not all(isinstance(one, torch.Generator) for one in each):
+        raise InputError(
+            "generator must be a torch.Generator, or a list with one per image, as "
+            f"torch.Generator().manual_seed(0); got {generator!r}"
+        )
     if isinstance(generator, list) and len(generator) != number:
         raise InputError(f"pass one generator per image: got {len(generator)} for {name}={number}")
+
+
+def check_guidance(guidance_scale: object) -> None:
+    """Raise InputError unless the scale of guidance is a finite number."""
+    if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
+        raise InputError(
+            f"guidance_scale must be a finite number, 1.0 is none; got {guidance_scale!r}"
+        )
 
 
 def check_variance(
@@ -50,8 +59,8 @@ def check_variance(
             f"is {type(scheduler).__name__}: leave them out, or take --scheduler ddpm, in Python "
             "pipe.scheduler = ddpm_hf.DDPMScheduler.from_config(pipe.scheduler.config)"
         )
-    if eta is not None and not 0 <= eta <= 1:
-        raise InputError(f"eta must be between 0 (DDIM) and 1 (DDPM); got {eta}")
+    if eta is not None and not (isinstance(eta, Real) and 0 <= eta <= 1):
+        raise InputError(f"eta must be between 0 (DDIM) and 1 (DDPM); got {eta!r}")
     if solver_order == 2 and eta:
         raise InputError(f"solver_order=2 is of DDIM, eta=0; got eta={eta}")
     if analytic and scheduler.analytic is None:
@@ -96,6 +105,7 @@ def class_numbers(
     Raises:
         InputError: classes, or guidance, that do not fit the network.
     """
+    check_guidance(guidance_scale)
     if num_embeds is None:
         if class_labels is not None or guidance_scale != 1:
             raise InputError(
@@ -117,6 +127,8 @@ def class_numbers(
         class_labels = class_labels.tolist()
     if isinstance(class_labels, (Integral, str)):
         class_labels = [class_labels] * batch_size
+    if not isinstance(class_labels, Sequence):
+        raise InputError(f"class_labels must be {choices}; got {class_labels!r}")
     if len(class_labels) != batch_size:
         raise InputError(
             f"pass one class for all images or one each: got {len(class_labels)} class_labels "

@@ -28,7 +28,7 @@ from .checkpoint import write_text
 from .config import TrainingConfig
 from .data import check_sizes, decode_all
 from .devices import in_turn, on_main, start_processes
-from .errors import InputError
+from .errors import InputError, check_whole
 from .images import ImageSet, to_network
 from .likelihood import BoundSums, Strata, bits_per_dim, noise_for
 from .loading import component_folder
@@ -125,11 +125,11 @@ def calibrate(
 
 
 def check_numbers(batch_size: int, seed: int, num_images: int | None) -> None:
-    """Raise InputError for numbers out of range."""
-    numbers = {"batch_size": (batch_size, 1), "seed": (seed, 0), "num_images": (num_images, 1)}
-    for name, (value, least) in numbers.items():
-        if value is not None and value < least:
-            raise InputError(f"{name} must be at least {least}; got {value}")
+    """Raise InputError for what are no whole numbers, or out of range."""
+    check_whole("batch_size", batch_size)
+    check_whole("seed", seed, 0)
+    if num_images is not None:
+        check_whole("num_images", num_images)
 
 
 def _check_visits(num_images: int, strata: Strata, seed: int) -> None:

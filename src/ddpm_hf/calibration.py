@@ -16,7 +16,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, check_whole
 from .likelihood import BoundSums
 from .scheduler import FORMAT, DDPMScheduler
 
@@ -42,8 +42,8 @@ def estimate_x_0_variance(sums: BoundSums) -> Estimate:
     """
     visits, total, square = (_near(sums.timesteps[row]) for row in (0, 2, 9))
     mean = total / visits
-    error = ((square / visits - mean**2).clamp(min=0) / visits).sqrt()
-    return Estimate(mean.clamp(max=1), error)
+    variance = (square / visits - mean**2).clamp(min=0) * visits / (visits - 1)
+    return Estimate(mean.clamp(max=1), (variance / visits).sqrt())
 
 
 def estimate_mean_square_eps(sums: BoundSums) -> Estimate:
@@ -76,7 +76,8 @@ def estimate_mean_square_eps(sums: BoundSums) -> Estimate:
 
 
 def _near(row: Tensor) -> Tensor:
-    """Sums over the timesteps near each, (T,): to either side a tenth of t, 1 % of T at most.
+    """Sums over the timesteps near each, (T,): to either side a tenth of how far either
+    end of [0, T) is, 1 % of T at most.
 
     Where things change fast, at small t, that is none.
     """
@@ -135,10 +136,7 @@ def optimal_timesteps(costs: Tensor, steps: Sequence[int]) -> dict[int, list[int
 def check_steps(steps: Sequence[int], num_timesteps: int) -> None:
     """Raise InputError for a number of steps that no sub-chain from T - 1 down to 0 has."""
     for count in steps:
-        if not 2 <= count <= num_timesteps:
-            raise InputError(
-                f"steps must be between 2 and the {num_timesteps} trained timesteps; got {count}"
-            )
+        check_whole("steps", count, 2, num_timesteps)
 
 
 def forget(scheduler: SchedulerMixin) -> None:

@@ -1,4 +1,4 @@
-"""What a user is told when something cannot go on, and the check of a word against a list.
+"""What a user is told when something cannot go on; checks of a word and of a whole number.
 
 `InputError` is input that its user can mend, `TrainingError` a run that failed on its way, and
 `Stopped` a run that was asked to stop and saved its state. The command line turns each into one
@@ -7,6 +7,7 @@ line and an exit code.
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
 
 EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED = 1, 2, 75
 """Exit codes beside 0. 75 is EX_TEMPFAIL of sysexits.h: the same command again goes on."""
@@ -43,3 +44,11 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     if value not in choices:
         near = did_you_mean(value, choices)
         raise InputError(f"{name} must be one of {', '.join(choices)}; got {value!r}.{near}")
+
+
+def check_whole(name: str, value: object, least: int = 1, most: int | None = None) -> None:
+    """Raise InputError unless a value is a whole number from `least` to `most`."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        rule = f"at least {least}" if most is None else f"between {least} and {most}"
+        raise InputError(f"{name} must be a whole number {rule}; got {value!r}")

@@ -267,11 +267,13 @@ def noised_as(
     cut, end = cut_off(image), image.sign()
     x_0_hat, y = image, image
     for _ in range(PASSES if cut.any() else 1):
-        # How far the end is from the clean pixel, in deviations; beyond 4 there is none in float32.
-        left = (end * x_0_hat.clamp(-1, 1) - 1).div(sigma).clamp(min=-4)
+        # How far the end is from the clean pixel, in deviations. Where it is more than five, noise
+        # does not lead there in float32: the pixel stays at its end.
+        clean = x_0_hat.clamp(-1, 1)
+        left = (end * clean - 1) / sigma
         tail = torch.special.ndtr(left) * torch.special.ndtr(eps)
-        beyond = -torch.special.ndtri(tail.clamp(min=1e-7))
-        y = torch.where(cut, x_0_hat.clamp(-1, 1) + end * sigma * beyond, image)
+        beyond = -torch.special.ndtri(tail.clamp(min=1e-7).cpu()).to(tail)  # MPS has no ndtri
+        y = torch.where(cut, end * (end * clean + sigma * beyond).clamp(min=1), image)
         x_t = scale * y
         x_0_hat = scheduler.to_x_0(predict(x_t, t), x_t, t)
     return x_t, x_0_hat

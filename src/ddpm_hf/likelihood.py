@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, check_whole
 from .functional import Gaussian, like, mean_flat, mix_seed, normal_kl
 from .functional import bits_per_dim as to_bits_per_dim
 from .losses import noise_and_predict, vlb_term
@@ -120,10 +120,7 @@ class Strata(NamedTuple):
             InputError: count is not between 2 and T.
         """
         count = num_timesteps if count is None else count
-        if not 2 <= count <= num_timesteps:
-            raise InputError(
-                f"timesteps must be between 2 and the {num_timesteps} trained ones; got {count}"
-            )
+        check_whole("timesteps", count, 2, num_timesteps)
         grid = torch.linspace(0, 1, count, dtype=torch.float64) ** power
         edges = (1 + (num_timesteps - 1) * grid).round().long()
         edges = torch.maximum(edges, torch.arange(1, count + 1))  # no share is empty
@@ -234,7 +231,7 @@ def _check_images(x_0: Tensor) -> None:
             f"images must be in [-1, 1]; got values from {low.item():g} to {high.item():g}: bytes "
             "become such images by x / 127.5 - 1"
         )
-    levels = (x_0.double() + 1) * 127.5
+    levels = (x_0 + 1) * 127.5
     if float((levels - levels.round()).abs().max()) > 1e-3:
         raise InputError(
             "images must be on the 256 levels that bytes have in [-1, 1] (x / 127.5 - 1), since "

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .errors import InputError, check_choice
+from .errors import InputError, check_choice, check_whole
 from .pictures import save_image_grid
 from .pipeline import DDPMPipeline, seeded_generators
 from .scheduler import DDPMScheduler
@@ -166,15 +166,10 @@ def _check(pipe, output, num_images, batch_size, seed, num_inference_steps, grid
     if output is None and grid is None:
         raise InputError("name what to write: output, grid or both")
     trained = pipe.scheduler.config.num_train_timesteps
-    for name, value, low, high in (
-        ("num_images", num_images, 1, None),
-        ("batch_size", batch_size, 1, None),
-        ("seed", seed, 0, None),
-        ("num_inference_steps", num_inference_steps, 1, trained),
-    ):
-        if value < low or (high and value > high):
-            limit = f"between {low} and {high}" if high else f"at least {low}"
-            raise InputError(f"{name} must be {limit}; got {value}")
+    check_whole("num_images", num_images)
+    check_whole("batch_size", batch_size)
+    check_whole("seed", seed, 0)
+    check_whole("num_inference_steps", num_inference_steps, 1, trained)
     for path in (output, grid):
         if path is None or not Path(path).exists():
             continue

@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput, rescale_ze
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .errors import InputError, check_choice
+from .errors import InputError, check_choice, check_whole
 from .functional import Gaussian, like, make_betas
 
 VARIANCE_TYPES = (
@@ -91,11 +91,11 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             )
         if config.rescale_betas_zero_snr:
             beta = rescale_zero_terminal_snr(beta)
-        self._check_betas(beta)
         self._checked_analytic = None
         self.beta = beta
         self.alpha = 1 - beta
         self.alpha_bar = torch.cat([beta.new_ones(1), self.alpha.cumprod(0)])
+        self._check_betas(beta)
 
     def _check_betas(self, beta: Tensor) -> None:
         """Raise ValueError for a schedule that is no diffusion process."""
@@ -109,7 +109,14 @@ class DDPMScheduler(diffusers.DDPMScheduler):
                 f"every beta must be in (0, 1]; got values from {beta.min().item()} to "
                 f"{beta.max().item()}"
             )
-        if bool((beta == 1).any()) and self.config.prediction_type == "epsilon":
+        if not bool((self.alpha_bar[:-1] > 0).all()):
+            first = int((self.alpha_bar == 0).nonzero()[0]) - 1
+            raise ValueError(
+                "only the last timestep may be pure noise, alpha_bar = 0, since no step leads back "
+                f"from one to another; with these betas timestep {first} of {len(beta)} is"
+            )
+        infinite = not bool(self.alpha_bar[-1].rsqrt().float().isfinite())
+        if infinite and self.config.prediction_type == "epsilon":
             raise ValueError(
                 "prediction_type='epsilon' cannot recover the image from pure noise, "
                 "alpha_bar = 0, which rescale_betas_zero_snr makes; use 'v_prediction' or 'sample'"
@@ -371,7 +378,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             case "learned":  # diffusers' word: the channels are the variance itself
                 return model_variance.float().clamp(min=1e-20).log()
             case _:
-                fraction = (model_variance + 1) / 2
+                fraction = (model_variance.float() + 1) / 2
                 return fraction * like(large, fraction) + (1 - fraction) * like(small, fraction)
 
     def x_0_variance(self, mean_square_eps: Tensor) -> Tensor:
@@ -565,9 +572,11 @@ class DDPMScheduler(diffusers.DDPMScheduler):
     ) -> None:
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("pass either num_inference_steps or timesteps")
-        if num_inference_steps is not None and num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}")
-        if timesteps is not None and (not len(timesteps) or min(timesteps) < 0):
+        if num_inference_steps is not None:
+            check_whole("num_inference_steps", num_inference_steps)
+        if timesteps is not None and not (
+            len(timesteps) and all(int(t) == t and t >= 0 for t in timesteps)
+        ):
             raise ValueError(
                 f"timesteps must be a descending list of timesteps >= 0; got {timesteps}"
             )
