@@ -367,3 +367,13 @@ def test_hidden_files_of_others_are_not_taken_for_ours(tmp_path, name):
     assert (tmp_path / name).exists()
     with pytest.raises(InputError, match="is not empty and holds no run"):
         ck.check_folder(tmp_path)
+
+
+def test_what_a_killed_fetch_and_a_killed_snapshot_left_is_ours(tmp_path):
+    (tmp_path / ".fetched.partial" / "checkpoint-2").mkdir(parents=True)
+    ck.check_folder(tmp_path)  # the folder may be trained in
+    (tmp_path / "ema").mkdir()
+    (tmp_path / "ema" / ".2-0.05.safetensors.partial").touch()
+    (tmp_path / "ema" / "2-0.05.safetensors").touch()
+    ck.clear_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["ema", "2-0.05.safetensors"]

@@ -13,6 +13,7 @@ import pytest
 from ddpm_hf.commandline import parse_command, parse_config
 from ddpm_hf.config import RANGES, TrainingConfig, field_names
 from ddpm_hf.errors import InputError
+from ddpm_hf.origin import default_folder
 from ddpm_hf.recipe import RECIPES, read_recipe, recipe_names
 
 
@@ -143,6 +144,9 @@ def test_the_diffusers_recipe_holds_the_scripts_defaults():
         (["--loss", "hybrid"], "loss hybrid adds the bound for a learned variance only"),
         (["--ema_profiles", "0.05,long"], "ema_profiles must be two or more .*'0.05,long'"),
         (["--ema_profiles", "0.05,0.3"], "ema_profiles must be two or more relative lengths"),
+        (["--ema_profiles", "0.1,0.10,0.2"], "all different, like .*'0.1,0.10,0.2'"),
+        (["--cpu_threads", "²"], "cpu_threads must be auto or a number of threads; got '²'"),
+        (["--resolution", "²"], "resolution must be a number or HEIGHTxWIDTH.*got '²'"),
         (["--ema_profiles", "0.05"], "ema_profiles must be two or more relative lengths"),
         (["--label_column", "x"], "label_column has no effect without --class_conditional"),
         (
@@ -404,3 +408,15 @@ def test_settings_of_a_recipes_images_go_where_others_are_named(tmp_path):
     assert found == (None, "train", None, 0.1, 4)
     assert parse_config(["--recipe", str(tmp_path / "mine.yaml")]).split == "train[:10]"
     assert parse_config(["--dataset_name", "x"]).image_mode == "auto"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "folder"),
+    [
+        ("cifar10", "out/cifar10"),
+        ("mine/long.yaml", "out/long"),
+        ("from-ddpm-v1.5", "out/from-ddpm-v1.5"),
+    ],
+)
+def test_a_run_has_the_folder_of_its_recipe(recipe, folder):
+    assert default_folder(recipe) == Path(folder)

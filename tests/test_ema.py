@@ -154,6 +154,9 @@ def test_the_share_of_the_initial_weights():
     assert share_of_initial_weights(config(**HO, ema_update_every=7), 20) == pytest.approx(
         0.9999**14
     )
+    endless = HO | dict(ema_min_decay=1 - 1e-9, ema_max_decay=1 - 1e-9)
+    found = share_of_initial_weights(config(**endless), 10**9)  # in no memory to speak of
+    assert found == pytest.approx(np.exp(-1), rel=1e-6)
     assert share_of_initial_weights(config(), 2000) == 0.0  # warm-up starts with decay 0
     longest = config(ema_min_decay=0.999999, ema_max_decay=0.999999)
     # rounding of 2.4 million products of float64

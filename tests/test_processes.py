@@ -298,3 +298,21 @@ def test_accelerate_launch_that_starts_fewer_processes_than_asked_is_refused(qui
     assert result.returncode != 0
     assert "asked for several processes, and one takes part" in result.stderr
     assert not Path(quick_settings["output_dir"]).exists()
+
+
+def test_processes_with_different_images_are_refused(launch, tmp_path):
+    """As of machines whose disks hold other copies of a set."""
+    for rank in "01":
+        folder = tmp_path / f"images-{rank}"
+        folder.mkdir()
+        for i in range(8):
+            Image.new("L", (8, 8), int(rank) + i).save(folder / f"{i}.png")
+    here = 'settings["train_data_dir"] += os.environ["RANK"]'
+    job = tmp_path / "job.py"
+    job.write_text(job.read_text().replace("calls = 0", f"calls = 0\n{here}", 1))
+    said, folder = launch(
+        2, expect=1, dataset_name=None, split="train", class_conditional=False,
+        train_data_dir=str(tmp_path / "images-"),
+    )  # fmt: skip
+    assert "the processes have different images" in said
+    assert not folder.exists()

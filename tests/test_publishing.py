@@ -166,6 +166,13 @@ def test_another_machine_goes_on_bit_for_bit(hub_server, tmp_path):
     said = run_client(hub_server, tmp_path / "home", other, expect=2)
     assert "holds a checkpoint of another run: seed is 0 there. Name another" in said
     assert not (tmp_path / "fourth" / "run").exists()
+    # Nor does its checkpoint come into the folder of this one.
+    folder = tmp_path / "here" / "run"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    other = command(tmp_path / "here", seed=1, **kept)
+    said = run_client(hub_server, tmp_path / "home", other, expect=2)
+    assert "is another one: seed was 0, now 1" in said
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow

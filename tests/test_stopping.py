@@ -371,6 +371,14 @@ def test_out_of_memory_names_the_way_out(quick_settings):
 
     with pytest.raises(TrainingError, match="out of memory"):
         train(config, on_a_gpu)
+    for words in (
+        "CUDA error: out of memory",
+        "MPS backend out of memory (MPS allocated: 18 GB)",
+        "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ):
+        with pytest.raises(TrainingError, match="way out"), explained_failures("way out"):
+            raise RuntimeError(words)
     assert "half" not in out_of_memory(3, 1)
 
 
@@ -429,6 +437,27 @@ def test_a_full_disk_is_said_and_training_goes_on(job, quick_settings):
     assert output.count("the pipeline could not be saved, training goes on") == 1  # epoch 1, step 4
     names = [path.name for path in list_checkpoints(Path(quick_settings["output_dir"]))]
     assert names == [f"checkpoint-{step}" for step in (1, 2, 5, 6)]
+
+
+def test_a_disk_that_was_full_for_a_moment_does_not_end_a_run(quick_settings, monkeypatch, capsys):
+    """TensorBoard's writer keeps its error for ever, and raises it when it is closed too."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    write, calls = RecordWriter.write, []
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    def loss(*arguments):
+        calls.append(0)
+        monkeypatch.setattr(RecordWriter, "write", full if len(calls) == 2 else write)
+        return simple_loss(*arguments)
+
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)  # of that writer
+    result = train(TrainingConfig(**quick_settings | dict(logger="tensorboard")), loss)
+    assert result.step == 4
+    assert (result.output_dir / "model_index.json").is_file()
+    assert "grid.png could not be saved" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -17,13 +17,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline, TrainingConfig, train
 from ddpm_hf.card import write_card
-from ddpm_hf.checkpoint import EVALUATED, list_checkpoints
+from ddpm_hf.checkpoint import (
+    EVALUATED,
+    LOCK,
+    METRICS,
+    list_checkpoints,
+    lock_folder,
+    read_metrics,
+    unlock_folder,
+)
 from ddpm_hf.data import ImageStream, load_images
 from ddpm_hf.devices import BatchPlan, available_cores
 from ddpm_hf.ema import Average, list_snapshots
@@ -781,6 +789,42 @@ def test_two_processes_do_not_train_in_one_folder(quick_settings, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert run(quick_settings, max_train_steps=4).step == 4
     assert not (out / ".lock").exists()
+
+
+def test_a_lock_is_let_go_of_once(quick_settings):
+    """The second time it would be that of the process that waited."""
+    built = Run.build(TrainingConfig(**quick_settings))
+    built.lock = lock_folder(built.directory)
+    built.release()
+    waited = lock_folder(built.directory)
+    built.release()
+    with pytest.raises(Timeout):
+        FileLock(built.directory / LOCK).acquire(timeout=0.1)
+    unlock_folder(waited)
+
+
+def test_a_run_is_not_made_among_the_images_that_it_is_of(quick_settings, tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "0.png")
+    with pytest.raises(InputError, match="is inside of .*, where its pictures would be trained on"):
+        run(quick_settings, dataset_name=None, train_data_dir=str(tmp_path), split="train")
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_that_are_no_text_do_not_keep_a_run_from_going_on(quick_settings):
+    out = run(quick_settings, max_train_steps=2).output_dir
+    with open(out / METRICS, "ab") as file:
+        file.write(b'\xff\xfe{"step')
+    assert run(quick_settings).step == 4
+    assert [row["step"] for row in read_metrics(out / METRICS) if "loss" in row] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("given", "trained"), [({}, 0.3), ({"dropout": 0.0}, 0.0)])
+def test_a_named_network_keeps_its_dropout(quick_settings, tiny_unet, tmp_path, given, trained):
+    tiny_unet.register_to_config(dropout=0.3)
+    tiny_unet.save_config(tmp_path / "unet")
+    named = dict(model_config_name_or_path=str(tmp_path / "unet"), max_train_steps=1)
+    out = run(quick_settings, **named, **given).output_dir
+    assert DDPMPipeline.from_pretrained(out).unet.config.dropout == trained
 
 
 def test_classes_that_are_never_hidden_have_no_guidance(quick_settings):

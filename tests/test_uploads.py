@@ -1,6 +1,7 @@
 """Pushing in the background: order, retries, what is said, and copies that do not change."""
 
 import threading
+import time
 
 import pytest
 
@@ -168,6 +169,19 @@ def test_a_push_that_hangs_is_left_and_said():
     assert not pushes.close(0.1)
     assert "not over after 0 seconds" in pushes.failed["the last push"]
     hang.set()
+
+
+def test_the_wait_is_short_once_the_machine_is_about_to_go(monkeypatch):
+    """A signal that comes while the end of a run waits for the Hub."""
+    monkeypatch.setattr(uploads, "STOP_WAIT", 0.1)
+    hang, asked = threading.Event(), []
+    pushes = BackgroundPush(lambda line: None)
+    pushes.submit("model", "it", lambda: hang.wait(60), nothing)
+    began = time.monotonic()
+    assert not pushes.close(50, lambda: bool(asked.append(0)) or len(asked) > 2)
+    hang.set()
+    assert time.monotonic() - began < 25  # and not 50
+    assert len(asked) > 2
 
 
 def test_a_frozen_copy_does_not_change(tmp_path):

@@ -3,11 +3,12 @@
 What exact resume means here. Parameters, averages, optimiser and learning-rate state are in the
 checkpoint; everything random is a function of (seed, position), and dropout of (seed, step, rank),
 so the only random state is the step number. A run continued from step k on the same machine, on one
-process or on two as before, is bit-equal to one that never stopped, and starts at once: no image is
-decoded to be skipped. Three or more sum their gradients in the order of DDP's buckets, which the
-first step of a start has otherwise: equal up to the order of summation. On another process count
-the global batch stays, and with it the images, crops, flips, timesteps and noise; parameters then
-differ by the order of summation, and by dropout's masks.
+process or on two as before, is bit-equal to one that never stopped, on a CPU (kernels of GPUs add
+up in any order), and starts at once: no image is decoded to be skipped. Three or more sum their
+gradients in the order of DDP's buckets, which the first step of a start has otherwise: equal up to
+the order of summation. On another process count the global batch stays, and with it the images,
+crops, flips, timesteps and noise; parameters then differ by the order of summation, and by
+dropout's masks.
 
 `checkpoint-<step>` is written under another name, flushed to disk, listed with a checksum per file
 in manifest.json, and then renamed: whoever finds the name finds a whole checkpoint. No pickle is
@@ -39,7 +40,8 @@ LOCK, LOCK_SECONDS = ".lock", 10
 
 NAME = re.compile(r"checkpoint-(\d+)")
 LEFTOVER = re.compile(
-    r"\.(checkpoint-\d+|origin|pipeline|push-[\w.-]+|[\w-]+\.(json|jsonl|md))\.(partial|replaced)"
+    r"\.(checkpoint-\d+|fetched|origin|pipeline|push-[\w.-]+|[\w.-]+\.(json|jsonl|md|safetensors))"
+    r"\.(partial|replaced)"
 )
 EVALUATED = (
     "rate_distortion.json", "rate_distortion.png", "reconstructions.png", "shared_latents.png"
@@ -152,7 +154,8 @@ def write_tensors(
 
 def leftovers(run_dir: Path) -> list[Path]:
     """What a process that was killed while it saved has left behind: hidden, and named by us."""
-    return [path for path in run_dir.glob(".*") if LEFTOVER.fullmatch(path.name)]
+    there = [*run_dir.glob(".*"), *run_dir.glob("ema/.*")]
+    return [path for path in there if LEFTOVER.fullmatch(path.name)]
 
 
 def clear_leftovers(run_dir: Path) -> None:
@@ -449,14 +452,15 @@ def keep_metrics(path: Path, step: int) -> None:
         return
     kept = [row for row in read_metrics(path) if row["step"] <= step]
     text = "".join(json.dumps(row) + "\n" for row in kept)
-    if text != path.read_text():
+    if text.encode() != path.read_bytes():
         write_text(path, text)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics; a line that a kill or a full disk cut is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
             row = json.loads(line)
         except ValueError:

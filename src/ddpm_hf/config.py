@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import InputError, check_choice, did_you_mean
-from .origin import OF_ORIGIN, find_kept_origin, settings_of_origin
+from .origin import OF_ORIGIN, default_folder, find_kept_origin, settings_of_origin
 from .presets import BETA_SCHEDULES, DEFAULT_PROCESS, PRESETS, beta_range, unet_config
 from .recipe import is_path, read_recipe
 
@@ -103,7 +103,7 @@ class TrainingConfig:
     """All settings of `ddpm_hf.train`, named as in diffusers' train_unconditional.py if there.
 
     The defaults are the recipe `default`: what measured best for a user's own images (docs/log.md
-    holds the numbers). `preset` brings its network alone; its process and dropout come with it by
+    holds the numbers). `preset` brings its network alone; its process comes with it by
     `from_recipe`, as on the command line.
 
     Raises:
@@ -229,7 +229,11 @@ class TrainingConfig:
         "Timesteps of a batch: one in each equal share of [0, T); independent; or more where the "
         "loss is large (Nichol & Dhariwal 2021, for --loss vlb). Stratified gives a steadier loss.",
     )
-    dropout: float = arg(0.0, "Dropout in the residual blocks; the paper uses 0.1 on CIFAR-10.")
+    dropout: float | None = arg(
+        None,
+        "Dropout in the residual blocks, 0.1 in the paper's CIFAR-10; the network's own when not "
+        "given.",
+    )
 
     # Optimisation
     train_batch_size: int = arg(32, "Images per device and micro-step.")
@@ -405,7 +409,7 @@ class TrainingConfig:
             raise InputError("label_column has no effect without --class_conditional: add it")
         self.ema_lengths  # noqa: B018  raises for what is no list of lengths
         threads = self.cpu_threads
-        if threads != "auto" and not (threads.isdigit() and int(threads) > 0):
+        if threads != "auto" and not (threads.isdecimal() and int(threads) > 0):
             raise InputError(f"cpu_threads must be auto or a number of threads; got {threads!r}")
         if self.ema_min_decay > self.ema_max_decay:
             raise InputError(
@@ -431,7 +435,7 @@ class TrainingConfig:
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the training images."""
         sides = str(self.resolution).lower().split("x")
-        if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+        if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
             raise InputError(
                 f"resolution must be a number or HEIGHTxWIDTH, like 64 or 32x48; got "
                 f"{self.resolution!r}"
@@ -446,17 +450,19 @@ class TrainingConfig:
         except ValueError:
             lengths = [INFINITY]
         # Karras et al. 2024, eq. (126): a power profile has a relative length below 12 ** -0.5.
-        if not all(0 < length < 12**-0.5 for length in lengths) or len(set(lengths)) == 1:
+        if not all(0 < length < 12**-0.5 for length in lengths) or (
+            lengths and len(set(lengths)) < max(2, len(lengths))
+        ):
             raise InputError(
-                "ema_profiles must be two or more relative lengths between 0 and 0.288, like "
-                f"0.05,0.10; got {self.ema_profiles!r}"
+                "ema_profiles must be two or more relative lengths between 0 and 0.288, all "
+                f"different, like 0.05,0.10; got {self.ema_profiles!r}"
             )
         return lengths
 
     @property
     def run_dir(self) -> Path:
         """Folder of the run."""
-        return Path(self.output_dir or Path("out") / Path(self.recipe).stem)
+        return Path(self.output_dir or default_folder(self.recipe))
 
     @property
     def starts_afresh(self) -> bool:

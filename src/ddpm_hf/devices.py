@@ -172,7 +172,7 @@ def plan_batch(
     total = config.global_batch_size or math.prod(asked) * num_processes
     if before and not config.global_batch_size:
         same = (before.get("train_batch_size"), before.get("gradient_accumulation_steps")) == asked
-        total = before["global_batch_size"] if same else total
+        total = before.get("global_batch_size", total) if same else total
     if total % num_processes:
         raise InputError(
             f"a global batch of {total} images cannot be shared equally by {num_processes} "

@@ -169,7 +169,10 @@ def _main_profile(config: TrainingConfig) -> Callable:
 def share_of_initial_weights(config: TrainingConfig, total_steps: int) -> float:
     """The weight that the initial parameters have in the average at the end of a run."""
     updated = total_steps - total_steps % config.ema_update_every
-    return float(np.prod(_main_profile(config)(np.arange(1, updated + 1))))
+    first = min(updated, 3_000_000)
+    decays = _main_profile(config)(np.arange(1.0, first + 1))
+    # Later decays are hardly larger than the last of these; a run may be of a billion steps.
+    return float(np.prod(decays) * decays[-1] ** (updated - first)) if first else 1.0
 
 
 def check_updates(config: TrainingConfig, total_steps: int) -> None:

@@ -24,8 +24,16 @@ def like(coefficient: Tensor, x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     if coefficient.ndim < x.ndim:
         coefficient = coefficient.reshape(-1, *[1] * (x.ndim - 1))
-    # To a GPU without waiting for it; the way back would hand out numbers before they are there.
-    return coefficient.to(dtype).to(x.device, non_blocking=x.device.type != "cpu")
+    return moved(coefficient.to(dtype), x.device)
+
+
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, without waiting for a CUDA GPU.
+
+    The way back would hand out numbers before they are there, and MPS reads memory that is freed by
+    then (pytorch#189690).
+    """
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def mean_flat(x: Tensor) -> Tensor:

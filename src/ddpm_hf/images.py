@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .functional import moved
 from .pixels import SHAPE, crop_each, crop_equal, crop_on_device, luma
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ class ImageSet:
         if self.on_device is None:
             crops = crop_equal(self.stack(indices), draws, self.size, flip=flip)
         else:
-            places = torch.from_numpy(indices).to(self.on_device.device, non_blocking=True)
+            places = moved(torch.from_numpy(indices), self.on_device.device)
             whole = self.on_device[places]
             crops = crop_on_device(whole, draws, self.size, flip=flip)
         return crops.expand(-1, self.channels, -1, -1).contiguous()

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from .checkpoint import METRICS, keep_metrics, read_metrics
 from .config import TrainingConfig
 from .devices import device_watts
+from .functional import moved
 
 BUCKETS = 10
 """Equal shares of the timesteps in which the loss is shown."""
@@ -43,7 +44,7 @@ class LossWindow:
         plain = losses.detach().float()
         optimised = plain if weight is None else plain * weight
         rows = torch.stack([optimised, plain, torch.ones_like(plain)])
-        bucket = (t * BUCKETS // self.num_timesteps).to(rows.device, non_blocking=True)
+        bucket = moved(t * BUCKETS // self.num_timesteps, rows.device)
         self.sums.index_add_(1, bucket, rows)
 
     def read(self, accelerator: Accelerator) -> tuple[float, list[float]]:

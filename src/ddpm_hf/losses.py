@@ -14,6 +14,7 @@ from .functional import (
     discretised_gaussian_log_likelihood,
     like,
     mean_flat,
+    moved,
     normal_kl,
 )
 from .scheduler import DDPMScheduler
@@ -27,7 +28,7 @@ def noise_and_predict(
 ) -> tuple[Tensor, Tensor]:
     """x_t of eq. (4), and the network's output for it, both float32; arguments of `simple_loss`."""
     x_t = scheduler.q_sample(x_0, eps, t)
-    return x_t, unet(x_t, t.to(x_t.device, non_blocking=True)).sample.float()
+    return x_t, unet(x_t, moved(t, x_t.device)).sample.float()
 
 
 def squared_error(

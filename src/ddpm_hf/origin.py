@@ -97,7 +97,7 @@ def find_kept_origin(
         then: a folder's whole path, or an id.
     """
     full = str(Path(name).absolute())
-    run_dir = Path(output_dir or Path("out") / Path(recipe).stem)
+    run_dir = Path(output_dir or default_folder(recipe))
     try:
         before = json.loads((run_dir / "config.json").read_text()).get("init_from")
     except (OSError, ValueError, AttributeError):
@@ -105,6 +105,12 @@ def find_kept_origin(
     if before in (name, full) and (run_dir / KEPT).is_dir() and not afresh:
         return run_dir / KEPT, before
     return None, full if Path(name).is_dir() else name
+
+
+def default_folder(recipe: str) -> Path:
+    """The folder of a run where none is named: out/NAME of its recipe, or of a recipe's file."""
+    path = Path(recipe)
+    return Path("out") / (path.stem if path.suffix in (".yaml", ".yml") else path.name)
 
 
 def settings_of_origin(name: str, source: str | Path | None = None) -> dict[str, Any]:

@@ -92,6 +92,7 @@ def save_samples(run: Run, step: int, path: Path) -> None:
         order = torch.arange(len(images)).view(processes, -1).T.flatten()
         with run.log.spared(f"{path} could not be saved"):
             save_image_grid(images[order][:count], path)
+        with run.log.spared(f"{path} could not be shown"):
             run.log.write_picture(step, path)
 
 

@@ -11,6 +11,8 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from .functional import moved
+
 DECODER_VERSION = 3
 """Part of the cache key: raise it when `decode_row` or what it calls changes its result."""
 
@@ -161,11 +163,11 @@ def crop_on_device(
     spare, device = np.array(images.shape[2:]) - size, images.device
     if spare.any():
         corners = (draws[:, :2] * (spare + 1)).astype(np.int64)
-        top, left = torch.from_numpy(corners).to(device, non_blocking=True).unbind(1)
+        top, left = moved(torch.from_numpy(corners), device).unbind(1)
         windows = images.unfold(2, size[0], 1).unfold(3, size[1], 1)
         images = windows[torch.arange(len(images), device=device), :, top, left]
     if flip:
-        mirrored = torch.from_numpy(draws[:, 2] < 0.5).to(device, non_blocking=True)
+        mirrored = moved(torch.from_numpy(draws[:, 2] < 0.5), device)
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     return images
 

@@ -77,7 +77,7 @@ def finish_pushes(run: Run, seconds: float = LAST_WAIT) -> Pushed | None:
         return None
     if run.pushes.busy:
         run.accelerator.print(f"Waiting for the Hub, {seconds:.0f} seconds at most", flush=True)
-    run.pushes.close(seconds)
+    run.pushes.close(seconds, lambda: bool(run.stop.noted))
     for kind in {"model", "checkpoint"} & run.pushes.done.keys():
         run.accelerator.print(f"Pushed:     {run.pushes.done[kind].url}")
     for problem in run.pushes.failed.values():

@@ -216,13 +216,16 @@ def _check_same_run(repo: str, fetched: dict[str, Any] | None, config: TrainingC
 
 
 def _move_in(fetched: Path, run_dir: Path, wanted: str) -> None:
-    """Put a fetched checkpoint, and what belongs to it, into the folder of a run."""
+    """Put a fetched checkpoint, and what belongs to it, into the folder of a run.
+
+    First the settings, without which the folder of a killed process is taken for no run's.
+    """
+    for name in (CONFIG, METRICS):
+        if (fetched / name).is_file() and not (name == CONFIG and (run_dir / name).is_file()):
+            (fetched / name).replace(run_dir / name)
     for path in [*fetched.glob("ema/*.safetensors"), *fetched.glob(f"{KEPT}/**/*.json")]:
         target = run_dir / path.relative_to(fetched)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
-    for name in (METRICS, CONFIG):
-        if (fetched / name).is_file() and not (name == CONFIG and (run_dir / name).is_file()):
-            (fetched / name).replace(run_dir / name)
     shutil.rmtree(run_dir / wanted, ignore_errors=True)  # a damaged one
     (fetched / wanted).rename(run_dir / wanted)

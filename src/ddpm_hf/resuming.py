@@ -40,7 +40,7 @@ from .images import to_network
 from .origin import KEPT, keep_origin
 from .pictures import save_image_grid
 from .publishing import finish_pushes, publish_checkpoint
-from .run import Run, identity_of, same_command
+from .run import Run, same_command, settings_of
 from .stopping import UpdateGuard
 from .streaming import merge_states
 from .uploads import STOP_WAIT
@@ -53,8 +53,15 @@ def open_folder(run: Run) -> int:
         InputError: the folder holds something else, or a run with another identity.
     """
     accelerator, config = run.accelerator, run.config
-    settings = identity_of(config, run.plan.global_batch_size)
-    settings["data_fingerprint"] = run.stream.images.fingerprint()
+    fingerprint = run.stream.images.fingerprint()
+    if len(set(gather_object([fingerprint]))) > 1:
+        raise InputError(
+            "the processes have different images: every machine needs the same image set"
+        )
+    settings = settings_of(config) | {
+        "global_batch_size": run.plan.global_batch_size,
+        "data_fingerprint": fingerprint,
+    }
     if not config.starts_afresh:
         for line in compare_runs(run.directory, settings):
             accelerator.print(line)
@@ -73,7 +80,7 @@ def open_folder(run: Run) -> int:
     accelerator.wait_for_everyone()
     of_main(run, partial(tidy_folder, run, step, settings))
     check_seen(run, run.directory / CONFIG)
-    run.log.open(step, settings)
+    of_main(run, partial(run.log.open, step, settings))
     return step
 
 

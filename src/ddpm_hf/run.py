@@ -35,7 +35,7 @@ from .devices import (
 )
 from .ema import Average, build_ema, build_power_averages, check_updates, ema_warning
 from .errors import InputError
-from .functional import mix_seed
+from .functional import mix_seed, moved
 from .images import ImageSet, place_images, to_network
 from .learner import build_learner, build_network, settle_speed, start_weights
 from .logbook import Logbook
@@ -110,15 +110,14 @@ class Run:
         """
         config = copy(config)
         processes = start_processes(config)
-        check_folder(config.run_dir)
-        for line in on_main(partial(open_hub, config, afresh=config.starts_afresh)):
+        for line in on_main(partial(look_around, config)):
             processes.print(line)
         if is_repo(config.resume_from_checkpoint or ""):
             config.resume_from_checkpoint = "latest"
         before = None if config.starts_afresh else read_settings(config.run_dir)
         plan = plan_batch(config, processes.num_processes, before)
         if before is not None:  # another run is refused before its images are decoded
-            compare_runs(config.run_dir, identity_of(config, plan.global_batch_size))
+            compare_runs(config.run_dir, {"global_batch_size": plan.global_batch_size})
         stream, held_out = in_turn(processes, partial(open_images, config, plan.global_batch_size))
         images = stream.images
         if not config.streaming:
@@ -274,7 +273,7 @@ class Run:
         rows = slice(first, first + self.plan.per_device)
 
         images, positions, labels = self.stream.batch(step, rows)
-        x_0 = to_network(images.to(device, non_blocking=True))
+        x_0 = to_network(moved(images, device))
 
         generator = torch.Generator(device)
         eps = torch.empty_like(x_0)
@@ -298,10 +297,10 @@ class Run:
             null_class = self.stream.images.num_classes
             labels = torch.from_numpy(labels)
             labels = drop_classes(labels, hidden, null_class, config.class_dropout_prob)
-            labels = labels.to(device, non_blocking=True)
+            labels = moved(labels, device)
 
         torch.manual_seed(mix_seed(config.seed, DROPOUT_STREAM, step, micro, rank))
-        return Draw(x_0, eps, t, weight.to(device, non_blocking=True), labels)
+        return Draw(x_0, eps, t, moved(weight, device), labels)
 
     def _uniform(self, stream: int, step: int) -> Tensor:
         """A draw in [0, 1) for each image of a global batch, float64."""
@@ -430,6 +429,10 @@ class Run:
         """End the run's processes and trackers; nothing can be trained or saved after."""
         self.accelerator.wait_for_everyone()
         self.release()
+        for tracker in self.accelerator.trackers:
+            with self.log.spared(f"the curves of {tracker.name} may not be whole"):
+                tracker.finish()
+        self.accelerator.trackers.clear()
         self.accelerator.end_training()
 
     @contextmanager
@@ -450,8 +453,9 @@ class Run:
         self.unet = self.accelerator.unwrap_model(self.unet)
         self.stop.group = None
         self.accelerator.free_memory()
-        if self.lock:
-            unlock_folder(self.lock)
+        lock, self.lock = self.lock, None
+        if lock:  # once: the next lock of this name is another process's
+            unlock_folder(lock)
 
 
 def same_command(config: TrainingConfig) -> str:
@@ -465,13 +469,36 @@ def same_command(config: TrainingConfig) -> str:
     return f"the same command without {words}" if words else "the same command again"
 
 
-def identity_of(config: TrainingConfig, global_batch_size: int) -> dict[str, Any]:
+def settings_of(config: TrainingConfig) -> dict[str, Any]:
     """The settings of a run as its folder has them, with what they say together."""
     trained = config.loss == "vlb" or config.variance_type == "learned_range"
-    return located(asdict(config)) | {
-        "global_batch_size": global_batch_size,
-        "trained_variance": config.variance_type if trained else "none",
-    }
+    variance = config.variance_type if trained else "none"
+    return located(asdict(config)) | {"trained_variance": variance}
+
+
+def inside(path: Path, folder: Path) -> bool:
+    """Whether a path leads into a folder, or is that folder."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def look_around(config: TrainingConfig) -> list[str]:
+    """Look at the folder of the run and at its repositories; lines for the user.
+
+    Raises:
+        InputError: what is there is not of this run.
+    """
+    check_folder(config.run_dir)
+    if not config.starts_afresh:  # before a checkpoint of the Hub comes into the folder
+        settings = settings_of(config)
+        del settings["global_batch_size"]  # the processes have a say in it
+        compare_runs(config.run_dir, settings)
+    for images in (config.train_data_dir, config.dataset_name):
+        if images and Path(images).is_dir() and inside(config.run_dir, Path(images)):
+            raise InputError(
+                f"output_dir {config.run_dir} is inside of {images}, where its pictures would be "
+                "trained on: name an --output_dir outside of it"
+            )
+    return open_hub(config, afresh=config.starts_afresh)
 
 
 def open_images(

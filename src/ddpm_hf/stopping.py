@@ -110,6 +110,10 @@ class UpdateGuard:
         )
 
 
+NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+"""Words of allocators of torch, CUDA and MPS, and of cuBLAS and cuDNN."""
+
+
 @contextmanager
 def explained_failures(no_memory: str, again: str = "the same command again") -> Iterator[None]:
     """Turn a lack of memory, and the loss of another process, into one line: TrainingError.
@@ -126,7 +130,7 @@ def explained_failures(no_memory: str, again: str = "the same command again") ->
         raise TrainingError(no_memory) from error
     except RuntimeError as error:
         text = str(error)
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        if isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in NO_MEMORY):
             raise TrainingError(no_memory) from error
         lost = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
         if isinstance(error, dist.DistError) or any(sign in text for sign in lost):

@@ -27,7 +27,8 @@ def train(
 
     Raises:
         InputError: settings, images or a folder that do not fit together; nothing has been
-            overwritten then.
+            overwritten then. Or a disk that is full when the folder is begun or the pipeline
+            written, or a streamed image that cannot be decoded: the checkpoints stand.
         TrainingError: the run cannot go on: no memory, gradients that are not finite, or a process
             that died. Its checkpoints stand.
         Stopped: a signal came (SIGTERM, SIGINT, SIGUSR1), or the launcher died; the state is saved.

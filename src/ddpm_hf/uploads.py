@@ -81,20 +81,31 @@ class BackgroundPush:
         """Whether a push is in flight or waits."""
         return self._in_flight or bool(self._waiting)
 
-    def close(self, seconds: float = LAST_WAIT) -> bool:
+    def close(
+        self, seconds: float = LAST_WAIT, hurried: Callable[[], bool] = lambda: False
+    ) -> bool:
         """Wait for what is left, attempt at once what waits for a new attempt; whether all is done.
 
         Nothing can be submitted after.
+
+        Args:
+            seconds: At most; STOP_WAIT from when `hurried` is true.
+            hurried: Whether the machine is about to go.
         """
-        end = time.monotonic() + seconds
+        began = time.monotonic()
+        end = began + seconds
         with self._change:
             self._closing = True
             self._change.notify_all()
             thread = self._thread
         if thread is not None:
-            thread.join(max(0.0, end - time.monotonic()))
+            while thread.is_alive() and time.monotonic() < end:
+                thread.join(min(0.2, max(0.0, end - time.monotonic())))
+                if hurried():
+                    end = min(end, time.monotonic() + STOP_WAIT)
             if thread.is_alive():
-                self.failed["the last push"] = f"it was not over after {seconds:.0f} seconds"
+                waited = time.monotonic() - began
+                self.failed["the last push"] = f"it was not over after {waited:.0f} seconds"
         return not self.failed
 
     def _work(self) -> None:
