@@ -19,6 +19,9 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather
 from .config import TrainingConfig
 from .errors import InputError
 
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for one that decodes images, samples, or writes."""
+
 
 def start_processes(config: TrainingConfig) -> PartialState:
     """Let the processes of this run meet, on the CPU where there is no other device.
@@ -42,9 +45,8 @@ def start_processes(config: TrainingConfig) -> PartialState:
             "--compile yes"
         )
     AcceleratorState._reset_state(True)  # a notebook may train twice, in different precisions
-    # The others wait for the process that decodes the images.
     on_cpu = _is_on("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=on_cpu, timeout=timedelta(hours=2))
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     _check_processes(state.num_processes)
     if wants_fsdp():
         if os.environ.get("FSDP_VERSION", "1") != "2":

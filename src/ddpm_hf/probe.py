@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import TrainingConfig
+from .devices import on_main
 from .errors import InputError
 from .optimization import build_optimizer
 
@@ -145,15 +145,7 @@ def agree(choose: Callable[[], Speed]) -> Speed:
         InputError: rank 0's, on every process, so that none waits for it; or torch.compile does
             not work here.
     """
-    answer: Speed | InputError | None = None
-    if PartialState().is_main_process:
-        try:
-            answer = choose()
-        except InputError as error:
-            answer = error
-    answer = broadcast_object_list([answer])[0]
-    if isinstance(answer, InputError):
-        raise answer
+    answer = on_main(choose)
     if answer.compile:
         check_compiler(PartialState().device)
     return answer

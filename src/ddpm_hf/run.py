@@ -407,16 +407,13 @@ class Run:
         return after > before
 
     def is_milestone(self, done: int) -> bool:
-        """Whether the pipeline after this step gets a tag on the Hub."""
+        """Whether the pipeline after this step, which is not the last, gets a tag on the Hub."""
         every = self.config.push_steps
-        return self.config.push_to_hub and (
-            done == self.total_steps or (every is not None and done % every == 0)
-        )
+        return every is not None and done % every == 0 and done != self.total_steps
 
     def pipeline_due(self, done: int) -> bool:
         """Whether to save the pipeline after this step; the end of a run saves its own."""
-        milestone = self.is_milestone(done) and done != self.total_steps
-        return milestone or self.epoch_ended(done, self.config.save_model_epochs)
+        return self.is_milestone(done) or self.epoch_ended(done, self.config.save_model_epochs)
 
     def samples_due(self, done: int) -> bool:
         """Whether to save a grid of samples after this step; the end of a run has its own."""

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .devices import PATIENCE
 from .errors import TrainingError
 
 SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n)]
@@ -38,7 +39,7 @@ class StopSignals:
         self.launcher = os.getppid() if launched else None
         distributed = dist.is_available() and dist.is_initialized()
         # gloo: what is agreed on the CPU never waits for a GPU.
-        self.group = dist.new_group(backend="gloo") if distributed else None
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if distributed else None
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:

@@ -42,8 +42,8 @@ def train(
     with run.stop, run.held(), explained_failures(no_memory, same_command(config)):
         step = open_folder(run)
         run.log.start(step)
+        run.unet.train()
         while step < run.total_steps:
-            run.unet.train()
             for micro in range(run.plan.accumulation):
                 with accelerator.accumulate(run.unet):
                     # Algorithm 1, lines 2-4: an image, a timestep, noise
