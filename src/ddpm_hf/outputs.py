@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DModel
 
 from .card import dataset_of, located, write_card
-from .checkpoint import EVALUATED, METRICS, list_checkpoints, read_metrics, step_of
+from .checkpoint import EVALUATED, METRICS, flush, list_checkpoints, read_metrics, step_of
 from .functional import mix_seed
 from .hub import Pushed
 from .images import ImageSet, to_network
@@ -171,6 +171,7 @@ def write_pipeline(run: Run, step: int, unet: UNet2DModel) -> None:
         for file in [path for path in partial_folder.rglob("*") if path.is_file()]:
             target = run.directory / file.relative_to(partial_folder)
             target.parent.mkdir(exist_ok=True)
+            flush(file)  # before training.json says that the run is finished
             file.replace(target)
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
