@@ -5,7 +5,7 @@
     ddpm-hf calibrate out/fashion --dataset_name fashion_mnist_train.parquet --num_images 1000 --timesteps 60 \
         --steps 5 10 25 50 100
     python benchmarks/sampling.py --yardstick YARDSTICK.py --pipeline out/fashion --compile --output sampling \
-        --steps 5 10 25
+        --steps 5 10 25 50 100
     python benchmarks/sampling.py --yardstick YARDSTICK.py --pipeline out/fashion --compile --output sampling-500 \
         --num_images 500 --steps 25 50 100
     python benchmarks/sampling.py --yardstick YARDSTICK.py --pipeline out/fashion --compile --output sampling-500 \
