@@ -638,9 +638,10 @@ class DDPMPipeline(diffusers.DDPMPipeline):
                 f"{type(self.scheduler).__name__} steps between timesteps, and this network knows "
                 "whole ones only: use DDPM, DDIM, DPM-Solver++, UniPC or PNDM"
             )
-        first = float(self.scheduler.timesteps[0])
-        signal = float(self.process.alpha_bar_at(first).sqrt())
-        if config.get("timestep_spacing") == "leading" and signal > MOST_SIGNAL:
+        first, signal = float(self.scheduler.timesteps[0]), 0.0
+        if config.get("timestep_spacing") == "leading":
+            signal = float(self.process.alpha_bar_at(first).sqrt())
+        if signal > MOST_SIGNAL:
             logger.warning(
                 f"timestep_spacing='leading' starts {num_inference_steps} steps at timestep "
                 f"{first:g} of {trained}, where an image is not yet pure noise: {signal:.0%} of it "
