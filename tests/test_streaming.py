@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 
 import datasets
 import numpy as np
@@ -16,6 +17,8 @@ from ddpm_hf.config import TrainingConfig
 from ddpm_hf.data import ImageStream, load_images, split_held_out
 from ddpm_hf.errors import InputError
 from ddpm_hf.streaming import LaneStream, load_stream, merge_states
+
+from .hub_server import run_client
 
 UNEVEN = [3, 200, 50, 70, 1, 90, 20, 33, 5, 41, 17, 64, 9, 30, 12, 80]
 """Rows of the shards of `shards`; 725 in all."""
@@ -270,7 +273,8 @@ def test_only_the_current_block_is_read_again(shards, small_window):
     again = stream(shards)
     again.load_state(found.state(41))
     decoded = []
-    again.images.decoder = lambda *a, keep=again.images.decoder: decoded.append(1) or keep(*a)
+    keep = again.images.decoder
+    again.images.decoder = partial(lambda *a, **k: decoded.append(1) or keep(*a), **keep.keywords)
     again.batch(41)
     assert len(decoded) == 8
     before, after = (lane.starts for lane in (found.opened[0], again.opened[0]))
@@ -460,3 +464,42 @@ def test_a_corrupt_image_at_the_end_of_a_block_is_replaced_by_its_first(tmp_path
     shards = write_shards(tmp_path / "x", [80], broken)
     found = stream(shards, batch_size=8, corrupt_images="skip")
     assert set(drawn(found, range(200))) <= set(range(80)) - {70, 72}
+
+
+@pytest.mark.slow
+def test_images_of_a_hub_stay_encoded_until_they_are_needed(hub_server, tiny_images, tmp_path):
+    """`datasets` would decode every file as it comes, whole photographs, and fail at one fault."""
+    files = {f"train/{path.name}": path.read_bytes() for path in tiny_images.iterdir()}
+    code = """
+import sys, datasets
+datasets.config.STREAMING_READ_RETRY_INTERVAL = 0
+from ddpm_hf.config import TrainingConfig
+from ddpm_hf.errors import InputError
+from ddpm_hf.streaming import LaneStream, load_stream
+try:
+    images = load_stream(TrainingConfig(
+        dataset_name="org/photos", resolution="20", streaming=True, max_train_steps=1,
+        corrupt_images="skip",
+    ))
+    cell = next(iter(images.source))["image"]
+    print(sorted(cell), cell["bytes"], images.num_threads, images.image_bytes)
+    stream = LaneStream(images, 0, 12, False)
+    drawn = {int(blue) // 20 for step in range(8) for blue in stream.batch(step).images[:, 2, 0, 0]}
+    print(sorted(drawn), images.faults)
+except InputError as error:
+    print("error:", error)
+"""
+
+    def said(name, **changed):
+        hub_server.add("org/photos", files | changed, kind="dataset", private=True)
+        return run_client(hub_server, tmp_path / name, code)
+
+    kept = "['bytes', 'path'] None 32 0\n"
+    assert said("whole") == f"{kept}{list(range(12))} []\n"
+    faulty, others = said("faulty", **{"train/03.png": b"nothing"}), [0, 1, 2, *range(4, 12)]
+    assert faulty.startswith(f"{kept}{others} ['hf://datasets/org/photos@")
+    assert "train/03.png (UnidentifiedImageError: " in faulty
+    # A Hub that fails is no fault of an image, which would be skipped.
+    hub_server.cut("GET", "resolve/.*03.png", after=0, times=None)
+    expected = f"error: cannot read 'org/photos': no connection to {hub_server.endpoint}"
+    assert said("away").startswith(expected)

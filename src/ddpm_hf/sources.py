@@ -77,7 +77,14 @@ def open_dataset(
             if not streaming or isinstance(found, dict):
                 return found
             return found.to_iterable_dataset(num_shards=len(found) // ROWS_PER_SHARD + 1)
-        return datasets.load_dataset(name, config.dataset_config_name, **options)
+        if not streaming:
+            return datasets.load_dataset(name, config.dataset_config_name, **options)
+        builder = datasets.load_dataset_builder(
+            name, config.dataset_config_name, cache_dir=config.cache_dir
+        )
+        # Of a repo of image files `datasets` would decode every one as it comes.
+        builder.config.decode_num_threads = 0
+        return builder.as_streaming_dataset(split=split)
     except InputError:
         raise
     # `datasets` has no common base class for what it raises about names, files, splits and

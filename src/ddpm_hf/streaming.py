@@ -7,7 +7,8 @@ not the number of processes, decides what is drawn, and a process reads only its
 
 A lane takes its images in blocks, across shards, and shuffles each block by (seed, lane, block):
 not by a shuffle buffer, which is lost when a run stops and then repeats images. Only encoded bytes
-are kept, and only what a batch needs is decoded. To resume, each lane reads its block again.
+are kept (of images that are files of their own, only paths), and only what a batch needs is
+decoded. To resume, each lane reads its block again.
 
 A lane whose shards are shorter begins its next epoch earlier: no lane waits for another, and an
 image of that lane is seen a little more often, by at most one shard's share. A set that is smaller
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .access import explained_hub
 from .config import TrainingConfig
 from .data import Batch, augmentation_draws, shuffled
 from .errors import InputError
@@ -53,6 +55,9 @@ MOST_SHARDS = 1024
 PROBE = 64
 """Images that are looked at before a run, to know their kind."""
 
+FETCHERS = 32
+"""Threads at least where each image is a file of its own on a Hub: its answers are waited for."""
+
 SHARD_STREAM, BLOCK_STREAM = 8, 9
 """Random streams of one seed, beside those of data.py, run.py and outputs.py."""
 
@@ -70,6 +75,7 @@ class StreamedImages:
     """What is known of an image set that is streamed; its number of images is not.
 
     Attributes:
+        name: Of the set: a Hub id or a path.
         source: The images, encoded, and their classes.
         num_shards: Pieces of `source` that are read one by one.
         decoder: `pixels.decode_row`, with all but its row.
@@ -79,10 +85,11 @@ class StreamedImages:
         num_classes, class_names: As in `images.ImageSet`.
         probe: Hash of the first 64 images.
         image_bytes: Mean size of these, encoded; 0 where each is a file of its own.
-        num_threads: Threads that decode.
+        num_threads: Threads that fetch and decode.
         corrupt: What could not be decoded so far, and why, by shard and row.
     """
 
+    name: str
     source: datasets.IterableDataset
     num_shards: int
     decoder: partial
@@ -120,10 +127,12 @@ class StreamedImages:
         """The image at a place of a block; for a corrupt one, if asked for, the next that is not.
 
         Raises:
-            InputError: it cannot be decoded, or its class is out of range.
+            InputError: it cannot be fetched or decoded, or its class is out of range.
         """
         for shard, row, cells in block[place:] + block[:place]:
-            decoded = self.decoder(cells, f"{row} of shard {shard}")
+            with explained_hub(self.name, "read", repo_type="dataset"):
+                fetched = fetch(cells, self.decoder.keywords["column"])
+            decoded = self.decoder(fetched, f"{row} of shard {shard}")
             if decoded["fault"] is None:
                 if self.num_classes:
                     check_label(decoded["label"], self.num_classes, f"row {row} of shard {shard}")
@@ -135,6 +144,24 @@ class StreamedImages:
                 )
             self.corrupt[shard, row] = decoded["fault"]
         raise InputError(f"none of {len(block)} images in a row can be decoded: {self.faults[-1]}")
+
+
+def is_remote(cell: dict[str, Any] | None) -> bool:
+    """Whether a cell, not decoded, is no more than the address of a file on another machine."""
+    from datasets.utils.file_utils import is_local_path
+
+    return bool(cell and cell["bytes"] is None and cell["path"] and not is_local_path(cell["path"]))
+
+
+def fetch(cells: dict[str, Any], column: str) -> dict[str, Any]:
+    """A row with the bytes of its image; `datasets` tries again for minutes where a Hub is away."""
+    from datasets.utils.file_utils import xopen
+
+    if not is_remote(cells[column]):
+        return cells
+    path = cells[column]["path"]
+    with xopen(path, "rb") as file:
+        return {**cells, column: {"path": path, "bytes": file.read()}}
 
 
 def load_stream(config: TrainingConfig) -> StreamedImages:
@@ -158,8 +185,14 @@ def load_stream(config: TrainingConfig) -> StreamedImages:
     column = decoder.keywords["column"]
     columns = [column, label_column] if label_column else [column]
     source = source.select_columns(columns).cast_column(column, datasets.Image(decode=False))
-    rows = list(source.take(PROBE))
-    encoded = [len((cells[column] or {}).get("bytes") or b"") for cells in rows]
+    name, num_threads = config.dataset_name or config.train_data_dir, config.dataloader_num_workers
+    with explained_hub(name, "read", repo_type="dataset"):
+        rows = list(source.take(PROBE))
+        encoded = [len((cells[column] or {}).get("bytes") or b"") for cells in rows]
+        if any(is_remote(cells[column]) for cells in rows):
+            num_threads = max(FETCHERS, num_threads)
+            with ThreadPoolExecutor(num_threads) as pool:
+                rows = list(pool.map(partial(fetch, column=column), rows))
     decoded = [decoder(cells, row) for row, cells in enumerate(rows)]
     found = [row for row in decoded if row["fault"] is None]
     faults = [row["fault"] for row in decoded if row["fault"] is not None]
@@ -171,6 +204,7 @@ def load_stream(config: TrainingConfig) -> StreamedImages:
         )
     most = max(row["channels"] for row in found)
     return StreamedImages(
+        name=name,
         source=source,
         num_shards=min(source.num_shards, MOST_SHARDS),
         decoder=decoder,
@@ -182,7 +216,7 @@ def load_stream(config: TrainingConfig) -> StreamedImages:
         class_names=features[label_column].names if label_column else None,
         probe=hashlib.sha256(repr(found).encode()).hexdigest(),
         image_bytes=sum(encoded) // len(encoded),
-        num_threads=max(1, config.dataloader_num_workers),
+        num_threads=max(1, num_threads),
     )
 
 
@@ -230,9 +264,14 @@ class Lane:
             self._open(self.epoch, self.place + 1)
 
     def read_ahead(self, part: float) -> None:
-        """Read so much of the next block, so that no step waits for all of it."""
+        """Read so much of the next block, so that no step waits for all of it.
+
+        Raises:
+            InputError: a Hub does not answer.
+        """
         missing = round(part * self.size) - len(self.ahead)
-        self.ahead += islice(self._read(), max(0, missing))
+        with explained_hub(self.images.name, "read", repo_type="dataset"):
+            self.ahead += islice(self._read(), max(0, missing))
 
     def seek(self, number: int) -> list[Example]:
         """A block: the one that is held or a later one."""
