@@ -319,9 +319,19 @@ def test_an_update_without_a_finite_gradient_is_skipped(quick_settings, optimize
     assert not equal(weights(out, 3), weights(out, 4))
     before, after = weights(out, 2, "optimizer"), weights(out, 3, "optimizer")
     assert equal(before, after)
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]  # NaN is no JSON
     assert [row["skipped_updates"] for row in rows] == [0, 0, 1, 1]
+    assert [row["loss"] is None for row in rows] == [False, False, True, False]
     assert all(torch.isfinite(tensor).all() for tensor in weights(out, 4).values())
+
+
+def test_a_last_loss_that_is_not_finite_is_no_result(quick_settings):
+    out = train(TrainingConfig(**quick_settings | dict(logging_steps=1)), poisoned({4})).output_dir
+    for name in ("training.json", "results.json"):
+        json.loads((out / name).read_text(), parse_constant=pytest.fail)
+    assert '"training_loss"' not in (out / "results.json").read_text()
+    assert (out / "loss_curve.png").is_file()
 
 
 def test_skipped_updates_in_a_row_end_the_run_with_a_diagnosis(quick_settings):

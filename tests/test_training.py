@@ -275,6 +275,22 @@ def test_resuming_from_a_named_checkpoint_sets_newer_ones_aside(quick_settings, 
         run(quick_settings, resume_from_checkpoint="checkpoint-3")
 
 
+def test_the_latest_checkpoint_of_an_empty_folder_is_a_start(quick_settings, capsys):
+    out = run(quick_settings, max_train_steps=1, resume_from_checkpoint="latest").output_dir
+    assert f"No checkpoint in {out} yet: starting at step 0" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_said(quick_settings):
+    out = run(quick_settings, max_train_steps=1).output_dir
+    shutil.rmtree(out / "samples")
+    shutil.rmtree(out / "checkpoint-1")
+    (out / "samples").write_text("in the way")
+    for file in (out / "README.md", out / "training.json"):
+        file.unlink()
+    with pytest.raises(InputError, match=f"^cannot read or write {out}: .*samples"):
+        run(quick_settings, max_train_steps=2)
+
+
 def test_the_saved_weights_are_the_averaged_ones(quick_settings):
     out = run(quick_settings, max_train_steps=3).output_dir
     saved = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -136,12 +137,16 @@ class Logbook:
         return {"loss": self.loss} | loss_by_bucket("loss_at_t", buckets)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Write values to metrics.jsonl and the trackers. A full disk stops neither."""
+        """Write values to metrics.jsonl, where what is not finite is null, and to the trackers.
+
+        A full disk stops neither.
+        """
         if not self.accelerator.is_main_process:
             return
         try:
             with open(self.config.run_dir / METRICS, "a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                row = {name: v if math.isfinite(v) else None for name, v in values.items()}
+                file.write(json.dumps({"step": step, **row}) + "\n")
             self.accelerator.log(values, step=step)
         except OSError as error:
             self.warn_once(f"cannot write the curves: {error}")
@@ -218,7 +223,7 @@ def save_loss_curve(metrics: Path, path: Path) -> float | None:
     rows = [row for row in found if "loss" in row]
     if not rows:  # deleted by hand
         return None
-    steps, losses = np.array([[row["step"], row["loss"]] for row in rows]).T
+    steps, losses = np.array([[row["step"], row["loss"]] for row in rows], float).T
     width = max(1, len(losses) // 20)
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).add_subplot()
     axes.plot(steps, losses, color="lightgrey" if width > 1 else None, label="loss")
@@ -226,7 +231,7 @@ def save_loss_curve(metrics: Path, path: Path) -> float | None:
         mean = np.convolve(losses, np.ones(width) / width, mode="valid")
         axes.plot(steps[width - 1 :], mean, label=f"mean of {width} logged values")
     for name in ("train_loss", "held_out_loss"):
-        points = [(row["step"], row[name]) for row in found if name in row]
+        points = [(row["step"], row[name]) for row in found if row.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), marker=".", label=name.replace("_", " "))
     axes.set(xlabel="optimiser step", ylabel="loss", yscale="log")

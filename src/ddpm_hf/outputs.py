@@ -207,8 +207,9 @@ def training_record(run: Run, step: int) -> TrainingRecord:
     for name, words in LOSSES.items():
         found = [{k: v for k, v in row.items() if k.startswith(f"{name}/")} for row in rows]
         last = next((shares for shares in reversed(found) if shares), {})
-        if last:
-            by_timestep[words] = {key.split("/")[1]: value for key, value in last.items()}
+        finite = {key.split("/")[1]: value for key, value in last.items() if value is not None}
+        if finite:
+            by_timestep[words] = finite
     return TrainingRecord(
         step=step,
         global_batch_size=run.plan.global_batch_size,

@@ -95,7 +95,7 @@ def of_main(run: Run, act: Callable[[], Any]) -> Any:
         try:
             return act()
         except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot write to {run.directory}: {error}") from error
+            raise InputError(f"cannot read or write {run.directory}: {error}") from error
 
     return on_main(explained)
 
@@ -152,6 +152,8 @@ def choose_checkpoint(run: Run) -> Path | None:
             f"the run in {run.directory} was finished, and its checkpoints are gone: there is "
             "nothing to go on from. Start afresh with --overwrite_output_dir"
         )
+    if wanted and folder is None:
+        run.accelerator.print(f"No checkpoint in {run.directory} yet: starting at step 0")
     return folder
 
 
