@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler, calibrate, evaluate
-from ddpm_hf.bound import _check_visits
+from ddpm_hf.bound import _check_visits, load, prepare
 from ddpm_hf.cli import main
 from ddpm_hf.errors import InputError
 from ddpm_hf.evaluation import table
@@ -210,6 +211,42 @@ def class_unet(num_class_embeds):
     return unet.eval()
 
 
+@pytest.mark.parametrize("verb", [evaluate, calibrate])
+def test_transparent_images_have_the_background_of_the_run(model, tmp_path, verb):
+    """A model trained on black was measured on white."""
+    (tmp_path / "clear").mkdir()
+    for i in range(4):
+        Image.new("LA", (8, 8), (200, 0)).save(tmp_path / "clear" / f"{i}.png")
+    config, pipe = prepare(model, str(tmp_path / "clear"), "train", {})
+    assert (load(config, pipe, None, False).pixels(0) == 255).all()
+    (tmp_path / "model" / "config.json").write_text('{"background": "black"}')
+    config, pipe = prepare(model, str(tmp_path / "clear"), "train", {})
+    assert (load(config, pipe, None, False).pixels(0) == 0).all()
+    config, pipe = prepare(model, str(tmp_path / "clear"), "train", {"background": "white"})
+    assert (load(config, pipe, None, False).pixels(0) == 255).all()
+    verb(model, str(tmp_path / "clear"), num_images=4, timesteps=T, background="#000000")
+    told = read_results(tmp_path / "model")
+    assert all("transparent images on #000000" in row.protocol for row in told)
+    assert bool(told) == (verb is evaluate)
+
+
+@pytest.mark.parametrize("verb", [evaluate, calibrate])
+def test_numbers_do_not_go_into_the_folder_of_another_pipeline(model, grey, tmp_path, verb):
+    other = shutil.copytree(model, tmp_path / "other")
+    with pytest.raises(InputError, match="other holds another pipeline: name another folder"):
+        verb(model, str(grey), output=other)
+    assert {path.name for path in other.iterdir()} == {"model_index.json", "scheduler", "unet"}
+
+
+def test_images_that_cannot_be_decoded_may_be_left_out(model, grey):
+    (grey / "3.png").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="1 of 7 images cannot be decoded"):
+        evaluate(model, str(grey), timesteps=2)
+    assert evaluate(model, str(grey), timesteps=2, corrupt_images="skip").num_images == 6
+    with pytest.raises(InputError, match="corrupt_images must be one of raise, skip"):
+        evaluate(model, str(grey), corrupt_images="leave")
+
+
 @pytest.fixture
 def classes(tmp_path):
     """Three images each of two classes."""
@@ -300,7 +337,7 @@ def test_deep_images_have_no_bits_per_dim(model, tmp_path):
         (dict(seed=-1), "seed must be a whole number at least 0; got -1"),
         (dict(strip_timesteps=[50]), r"must be timesteps from 0 to 49; got \[50\]"),
         (dict(strip_timesteps=[]), r"must be timesteps from 0 to 49; got \[\]"),
-        (dict(split="tset"), "cannot load the image set"),
+        (dict(split="tset"), "split 'tset' is no sub-folder of .*, but test are"),
         (dict(image_colum="x"), "image_colum is no setting of the images"),
     ],
 )

@@ -16,6 +16,7 @@ from ddpm_hf.errors import InputError
 from ddpm_hf.hub import files_to_push
 from ddpm_hf.presets import build_scheduler, unet_config
 from ddpm_hf.results import Result, TrainingRecord, add_results, write_record
+from ddpm_hf.scheduler import DDPMScheduler
 
 from .conftest import REPOSITORY
 from .test_calibration import world_statistics
@@ -132,7 +133,10 @@ def test_a_calibrated_model_samples_its_timesteps_with_stock_by_two_lines(tmp_pa
     folder = make_folder(tmp_path / "run")
     path = folder / "scheduler" / "scheduler_config.json"
     config = json.loads(path.read_text())
-    config["_ddpm_hf"]["analytic"] = {"num_images": 2000, "timesteps": {"3": [999, 500, 10]}}
+    scheduler = DDPMScheduler.from_config(config)
+    store(scheduler, world_statistics(scheduler), num_images=2000)
+    measured = scheduler.analytic | {"timesteps": {"3": [999, 500, 10]}}
+    config["_ddpm_hf"]["analytic"] = measured
     path.write_text(json.dumps(config))
     text = render_card(folder)
     assert "calibrated on 2000 images" in text
@@ -283,7 +287,15 @@ def test_a_persons_card_may_have_any_encoding(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"_ddpm_hf": ["a"]}, {"_ddpm_hf": "a"}, {"num_train_timesteps": "many"}]
+    "change",
+    [
+        {"_ddpm_hf": ["a"]},
+        {"_ddpm_hf": "a"},
+        {"num_train_timesteps": "many"},
+        {"_ddpm_hf": {"analytic": {"x": 1}}},
+        {"_ddpm_hf": {"analytic": 5}},
+        {"_ddpm_hf": {"analytic": {"timesteps": {"10": "abc"}}}},
+    ],
 )
 def test_a_damaged_scheduler_is_one_clear_line(tmp_path, change):
     folder = make_folder(tmp_path / "run")

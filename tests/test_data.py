@@ -1,6 +1,7 @@
 """Image sets of every kind, decoded once; batches that are a function of (seed, step)."""
 
 import io
+import shutil
 import tracemalloc
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from ddpm_hf.data import ImageStream, check_batch, load_images, shuffled, split_
 from ddpm_hf.errors import InputError
 from ddpm_hf.images import ImageSet, place_images, to_network, view
 from ddpm_hf.pixels import crop_each
-from ddpm_hf.sources import open_dataset
+from ddpm_hf.sources import is_image_folder, open_dataset
 
 
 def load(path, **settings):
@@ -27,7 +28,7 @@ def load(path, **settings):
 
 
 def save(folder, name, array):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     image = array if isinstance(array, Image.Image) else Image.fromarray(array)
     image.save(folder / name)
     return folder
@@ -742,8 +743,9 @@ def test_a_test_split_is_what_is_held_out(tmp_path, folder, split):
             save(tmp_path / "x" / name, f"{value}.png", np.full((8, 8), value, np.uint8))
     images, held = held_out(tmp_path / "x", 0.5)
     assert (greys(images), greys(held)) == ([1, 2, 3], [8, 9])
-    images, held = held_out(tmp_path / "x", 0.4, split=f"train+{split}")  # it is trained on
-    assert sorted(greys(images) + greys(held)) == [1, 2, 3, 8, 9]
+    for both in (f"train+{split}", f"train + {split}", "all"):  # it is trained on
+        images, held = held_out(tmp_path / "x", 0.4, split=both)
+        assert sorted(greys(images) + greys(held)) == [1, 2, 3, 8, 9]
 
 
 def test_a_large_test_split_gives_2000_spread_images(monkeypatch):
@@ -803,6 +805,36 @@ def test_a_class_that_is_called_like_a_split_is_not_taken_for_one(tmp_path, name
         load(tmp_path / "x")
     (tmp_path / "x" / names[0]).rename(tmp_path / "x" / "trains")
     assert len(load(tmp_path / "x")) == len(names)
+
+
+@pytest.mark.parametrize("names", [("test", "bus"), ("dev", "car")])
+def test_a_split_beside_classes_is_refused_whatever_is_asked_for(tmp_path, names):
+    for name in names:
+        save(tmp_path / "x" / name, "a.png", np.zeros((8, 8), np.uint8))
+    with pytest.raises(InputError, match=f"sub-folder '{names[0]}', which is the word for a split"):
+        load(tmp_path / "x")
+
+
+def test_a_split_in_capitals_is_asked_about(tmp_path):
+    """One set of both was trained on."""
+    for name in ("Train", "Test"):
+        save(tmp_path / "x" / name, "a.png", np.zeros((8, 8), np.uint8))
+    with pytest.raises(InputError, match="'Test': write it in small letters if it is a split"):
+        load(tmp_path / "x")
+
+
+def test_a_folder_is_the_same_set_by_either_name(tmp_path):
+    """By its name as a data set three of four images were lost, each to a split."""
+    for name in ("test_1", "val_2", "train_3", "img_4"):
+        save(tmp_path / "x", f"{name}.png", np.zeros((8, 8), np.uint8))
+    assert len(load_images(TrainingConfig(dataset_name=str(tmp_path / "x"), resolution="8"))) == 4
+    (tmp_path / "x" / "metadata.csv").write_text("file_name,label\ntest_1.png,1\n")
+    assert is_image_folder(str(tmp_path / "x"))
+    for name in ("x.parquet", "README.md"):
+        (tmp_path / "x" / name).write_text("")
+        assert not is_image_folder(str(tmp_path / "x"))
+        (tmp_path / "x" / name).unlink()
+    assert not is_image_folder(str(tmp_path / "nowhere"))
 
 
 def test_a_folder_without_images_says_what_is_there(tmp_path):
@@ -880,5 +912,11 @@ def test_a_split_that_a_folder_does_not_have_is_refused(tmp_path, split):
         for name in ("train", "test"):
             (tmp_path / "x" / name).mkdir(parents=True)
             save(tmp_path / "x" / name, "a.png", np.zeros((8, 8), np.uint8))
-        with pytest.raises(InputError, match="split 'tset' is no sub-folder"):
+        with pytest.raises(
+            InputError, match="split 'tset' is no sub-folder of .*, but test, train"
+        ):
             load(tmp_path / "x", split=split)
+        assert len(load(tmp_path / "x", split="all")) == 2
+        shutil.rmtree(tmp_path / "x" / "train")
+        with pytest.raises(InputError, match="split 'train' is no sub-folder of .*, but test are"):
+            load(tmp_path / "x")

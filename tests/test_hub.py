@@ -264,6 +264,103 @@ def test_a_pipeline_of_a_revision_is_pushed_with_what_lies_beside_it_there(
     assert b"123456" not in early["config.json"]
 
 
+def test_what_lies_beside_is_that_of_the_weights_that_are_pushed(hub_server, saved, tmp_path):
+    """An old card in place of a newer one, a stranger's card, the recipe of other weights."""
+    hub_server.add("out/run", {"README.md": b"card of a stranger", "model_index.json": b"{}"})
+    script = """
+        import os, shutil, sys, logging
+        from pathlib import Path
+        from ddpm_hf import DDPMPipeline, build_unet
+        from huggingface_hub import HfApi
+        logging.basicConfig(stream=sys.stdout, format="%(message)s")
+        saved, here = Path(sys.argv[1]), Path(sys.argv[2])
+        shutil.copytree(saved, here / "out/run")
+        os.chdir(here)
+        pipe = DDPMPipeline.from_pretrained("out/run")
+        pipe.push_to_hub("org/first")
+        HfApi().create_tag("org/first", tag="v1")
+        os.chdir("/")
+        pipe.push_to_hub("org/elsewhere")
+        shutil.rmtree(here / "out")
+        pipe.push_to_hub("org/gone")
+        say = lambda repo, text: HfApi().upload_file(
+            path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repo)
+        say("org/first", "first words")
+        HfApi().create_tag("org/first", tag="v2")
+        say("org/first", "better words")
+        old = DDPMPipeline.from_pretrained("org/first", revision="v2")
+        old.push_to_hub("org/first")
+        old.push_to_hub("org/copy")
+        old.unet = DDPMPipeline.from_pretrained("org/gone").unet
+        old.push_to_hub("org/others")
+        """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(saved), str(tmp_path)]
+    said = run_client(hub_server, tmp_path / "home", command)
+    trees = {name: hub_server.repos["model", f"org/{name}"].tree() for name in
+             ("first", "elsewhere", "gone", "copy", "others")}  # fmt: skip
+    assert "config.json" in trees["elsewhere"]
+    assert MARK.encode() in trees["elsewhere"]["README.md"]
+    assert f"{tmp_path}/out/run is gone: what lay there beside" in said
+    assert "config.json" not in trees["gone"]
+    assert trees["first"]["README.md"] == b"better words"
+    assert trees["copy"]["README.md"] == b"first words"
+    assert "config.json" in trees["copy"]
+    assert "config.json" not in trees["others"]
+    assert MARK.encode() in trees["others"]["README.md"]
+
+
+def test_a_card_that_is_edited_during_a_push_stays(hub_server, saved, tmp_path):
+    """The files were read before the upload, and the card written after it."""
+    said = push(
+        hub_server,
+        tmp_path,
+        """
+        import ddpm_hf.hub as hub
+        from huggingface_hub import HfApi
+        push_to_hub(folder, "org/name")
+        class Slow(HfApi):
+            def create_commit(self, *arguments, **options):  # a person is quicker
+                HfApi().upload_file(
+                    path_or_fileobj=b"words of a person", path_in_repo="README.md",
+                    repo_id="org/name")
+                return super().create_commit(*arguments, **options)
+        hub.HfApi = Slow
+        told(push_to_hub, folder, "org/name", license="mit")
+        """,
+        saved,
+    )
+    assert "cannot push to 'org/name': somebody else pushed meanwhile" in said
+    repo = hub_server.repos["model", "org/name"]
+    assert repo.tree()["README.md"] == b"words of a person"
+
+
+def test_what_leaves_is_a_list(hub_server, saved, tmp_path):
+    """Of a folder that plain diffusers saved, of another trainer's settings, of a flat repo."""
+    for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+        config = json.loads((saved / name).read_text())
+        (saved / name).write_text(json.dumps(config | {"_name_or_path": str(saved)}))
+    flat = {"diffusion_pytorch_model.bin": b"x", "scheduler_config.json": b"{}"}
+    hub_server.add("org/flat", flat | {"README.md": b"---\nlicense: apache-2.0\n---\n"})
+    settings = json.loads((saved / "config.json").read_text()) | {"wandb_key": "SECRET"}
+    (saved / "config.json").write_text(json.dumps(settings))
+    push(hub_server, tmp_path, 'push_to_hub(folder, "org/flat")', saved)
+    del settings["snr_gamma"]
+    settings["dataset_name"] = ["a", "b"]
+    (saved / "config.json").write_text(json.dumps(settings))
+    push(hub_server, tmp_path, 'push_to_hub(folder, "org/foreign")', saved)
+    trees = [hub_server.repos["model", f"org/{name}"].tree() for name in ("flat", "foreign")]
+    for tree in trees:
+        everything = b"".join(tree.values())
+        assert str(tmp_path).encode() not in everything
+        assert b"SECRET" not in everything
+        assert json.loads(tree["unet/config.json"])["sample_size"]
+    assert not flat.keys() & trees[0].keys()
+    # A card that the Hub's form made says the licence only.
+    assert MARK.encode() in trees[0]["README.md"]
+    assert b"license: apache-2.0" in trees[0]["README.md"]
+    assert ["config.json" in tree for tree in trees] == [True, False]
+
+
 def test_only_safetensors_are_pushed(tiny_unet, tmp_path):
     DDPMPipeline(tiny_unet, build_scheduler()).save_pretrained(tmp_path)
     weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"

@@ -1,5 +1,6 @@
 """What happens to a pixel."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -138,5 +139,10 @@ def test_the_size_of_a_file_is_that_of_the_picture_as_it_is_turned(tmp_path):
     exif[0x0112] = 6  # a quarter turn
     Image.new("RGB", (8, 16)).save(tmp_path / "a.jpg", exif=exif)
     Image.new("RGB", (8, 16)).save(tmp_path / "b.jpg")
-    sizes = [encoded_size({"path": str(tmp_path / n), "bytes": None}) for n in ("a.jpg", "b.jpg")]
-    assert sizes == [(8, 16), (16, 8)]
+    Image.new("RGB", (8, 16)).save(tmp_path / "c.tif", exif=exif)  # Pillow turns its size
+    names = ("a.jpg", "b.jpg", "c.tif")
+    sizes = [encoded_size({"path": str(tmp_path / name), "bytes": None}) for name in names]
+    assert sizes == [(8, 16), (16, 8), (8, 16)]
+    assert datasets.Image().decode_example(
+        {"path": str(tmp_path / "c.tif"), "bytes": None}
+    ).size == (16, 8)

@@ -31,6 +31,7 @@ def test_a_run_pushes_while_it_trains_and_its_token_stays_nowhere(tmp_path):
         words = command(
             tmp_path, logger="tensorboard", push_to_hub=True, push_steps=3, push_checkpoints=True,
             hub_model_id="org/fashion", hub_private_repo=True, hub_token=TOKEN,
+            save_images_steps=2,
         )  # fmt: skip
         said = run_client(hub, tmp_path / "home", words, token=None)
     model, kept = (hub.repos["model", f"org/{name}"] for name in ("fashion", "fashion-checkpoints"))
@@ -41,7 +42,8 @@ def test_a_run_pushes_while_it_trains_and_its_token_stays_nowhere(tmp_path):
     milestone = model.tree("step-3")
     assert json.loads(milestone["training.json"])["step"] == 3
     assert {row["step"] for row in json.loads(milestone["results.json"])} == {3}
-    assert "samples/grid.png" not in milestone
+    grid = tmp_path / "run" / "samples" / "step-2.png"
+    assert milestone["samples/grid.png"] == grid.read_bytes()
     assert set(model.tree()) == {
         ".gitattributes", "README.md", "config.json", "loss_curve.png", "model_index.json",
         "results.json", "samples/grid.png", "scheduler/scheduler_config.json", "training.json",

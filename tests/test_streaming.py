@@ -345,11 +345,32 @@ def test_one_parquet_file(shards):
 
 
 def test_a_folder_of_many_files_has_fewer_shards(tiny_images, monkeypatch):
-    monkeypatch.setattr(streaming, "MOST_SHARDS", 4)
     config = TrainingConfig(train_data_dir=str(tiny_images), resolution="8")
-    found = LaneStream(load_stream(config), 0, 4, False)
-    assert found.images.num_shards <= 4
-    assert "from" in found.images.describe()
+    assert load_stream(config).describe().endswith("streamed from 12 shards")
+    monkeypatch.setattr(streaming, "MOST_SHARDS", 4)
+    assert load_stream(config).num_shards == 4
+
+
+def test_image_files_are_not_read_class_after_class(tmp_path, small_window):
+    """`datasets` has a folder as one shard, in the order of the names."""
+    for number in range(160):
+        folder = tmp_path / "x" / ("cat" if number < 80 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        grey(number).save(folder / f"{number:03}.png")
+    config = TrainingConfig(
+        train_data_dir=str(tmp_path / "x"), resolution="8", streaming=True, class_conditional=True,
+        max_train_steps=1,
+    )  # fmt: skip
+    found = LaneStream(load_stream(config), 0, 8, False)
+    assert found.lanes == 8
+    batches = [found.batch(step) for step in range(40)]
+    assert all(0 < sum(batch.labels) < 8 for batch in batches[:10])
+    for batch in batches:
+        assert [int(number >= 80) for number in numbers(batch)] == batch.labels.tolist()
+    assert {number for batch in batches for number in numbers(batch)} == set(range(160))
+    again = LaneStream(load_stream(config), 0, 8, False)
+    again.load_state(json.loads(json.dumps(found.state(40))))
+    assert numbers(again.batch(40)) == numbers(found.batch(40))
 
 
 def test_what_is_streamed_is_announced(shards):

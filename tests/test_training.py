@@ -723,11 +723,14 @@ def test_epochs_save_grids_and_pipelines(quick_settings):
 
 def test_epochs_save_pipelines(quick_settings):
     calls = 0
+    out = run(quick_settings).output_dir
+    of_four_steps = [out / "samples" / "grid.png", out / "loss_curve.png"]
+    assert all(path.is_file() for path in of_four_steps)
 
     def stopped_in_epoch_two(*arguments):
         nonlocal calls
         calls += 1
-        if calls > 12:  # 48 images, 4 a step
+        if calls > 12 - 4:  # 48 images, 4 a step
             raise KeyboardInterrupt
         return simple_loss(*arguments)
 
@@ -738,6 +741,7 @@ def test_epochs_save_pipelines(quick_settings):
     assert DDPMPipeline.from_pretrained(config.run_dir)(1, num_inference_steps=1).images
     # Of what step it is, which a number measured of it then says.
     assert read_record(config.run_dir).step == 12
+    assert not any(path.exists() for path in of_four_steps)
 
 
 def test_grids_every_so_many_steps(quick_settings):

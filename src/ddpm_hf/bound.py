@@ -23,12 +23,12 @@ from .calibration import (
     forget,
     store,
 )
-from .card import write_card
-from .checkpoint import write_text
+from .card import read_config, write_card
+from .checkpoint import CONFIG, write_text
 from .config import TrainingConfig
 from .data import check_sizes, decode_all
 from .devices import in_turn, on_main, start_processes
-from .errors import InputError, check_whole
+from .errors import InputError, check_choice, check_whole
 from .images import ImageSet, to_network
 from .likelihood import BoundSums, Strata, bits_per_dim, noise_for
 from .loading import component_folder
@@ -158,10 +158,17 @@ def prepare(
     pipeline: str, dataset_name: str, split: str, columns: dict[str, Any]
 ) -> tuple[TrainingConfig, DDPMPipeline]:
     """The pipeline on this process's device, and the settings that load images for it."""
-    allowed = ("dataset_config_name", "image_column", "label_column", "cache_dir")
+    allowed = (
+        "dataset_config_name", "image_column", "label_column", "cache_dir", "background",
+        "corrupt_images",
+    )  # fmt: skip
     for name in columns:
         if name not in allowed:
             raise InputError(f"{name} is no setting of the images: {', '.join(allowed)} are")
+    if columns.get("background") is None:
+        trained = read_config(Path(pipeline) / CONFIG) or {}
+        columns = columns | {"background": trained.get("background", "white")}
+    check_choice("corrupt_images", columns.setdefault("corrupt_images", "raise"), ["raise", "skip"])
     # Processes first: they choose the device.
     config = TrainingConfig(
         dataset_name=dataset_name,
@@ -279,9 +286,16 @@ def _save(pipe: DDPMPipeline, folder: Path, *, in_place: bool) -> None:
 
 
 def output_folder(pipeline: str, output: str | Path | None) -> Path | None:
-    """Where to write: `output`, or the pipeline's own folder, or nowhere for one of the Hub."""
+    """Where to write: `output`, or the pipeline's own folder, or nowhere for one of the Hub.
+
+    Raises:
+        InputError: `output` is a file, or another pipeline's folder.
+    """
     if output is not None and Path(output).is_file():
         raise InputError(f"output {output} is a file: name a folder")
+    elsewhere = output is not None and Path(output).resolve() != Path(pipeline).resolve()
+    if elsewhere and (Path(output) / "model_index.json").is_file():
+        raise InputError(f"output {output} holds another pipeline: name another folder")
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
         return Path(output)

@@ -16,11 +16,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .checkpoint import CONFIG, write_text
-from .config import EMBEDDED, OF_THIS_MACHINE, PATHS, TrainingConfig
+from .config import EMBEDDED, OF_THIS_MACHINE, PATHS, TrainingConfig, field_names
 from .errors import InputError
 from .recipe import is_path
 from .results import Result, read_record, read_results
-from .scheduler import check_extras
+from .scheduler import DDPMScheduler, check_extras
 
 TAGS = ["unconditional-image-generation", "ddpm", "ddpm_hf"]
 TASK = "unconditional-image-generation"
@@ -101,12 +101,13 @@ def render_card(
         raise InputError(f"{folder} holds no pipeline: it has no unet or no scheduler")
     process = PROCESS_DEFAULTS | {key: value for key, value in process.items() if value is not None}
     settings = read_config(folder / CONFIG) or {}
-    # Of a run of ours; what it does not say yet is as it was then, the default.
-    ours = "snr_gamma" in settings
-    settings = public_settings(asdict(TrainingConfig()) | settings) if ours else {}
+    # What a run does not say yet is as it was then, the default.
+    settings = public_settings(asdict(TrainingConfig()) | settings) if is_run(settings) else {}
     record, extras = read_record(folder), process.get("_ddpm_hf", {})
     try:
         check_extras(extras)
+        if "analytic" in extras:
+            _ = DDPMScheduler.from_config(process).analytic
         timesteps = int(process["num_train_timesteps"])
     except (TypeError, ValueError) as error:
         raise InputError(f"cannot read the scheduler of {folder}: {error}") from error
@@ -194,12 +195,21 @@ def located(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings without what only concerns its machine; of a path only the last name."""
-    kept = {key: value for key, value in settings.items() if key not in OF_THIS_MACHINE}
+    """A run's settings without what only concerns its machine; of a path only the last name.
+
+    What is no setting of ours stays where it is: nobody knows what it says.
+    """
+    public = {*field_names(), "trained_variance", "data_fingerprint"} - set(OF_THIS_MACHINE)
+    kept = {key: value for key, value in settings.items() if key in public}
     for key in PATHS:
         if isinstance(value := kept.get(key), str) and is_path(value):
             kept[key] = f"./{Path(value).name}"
     return kept
+
+
+def is_run(settings: dict[str, Any]) -> bool:
+    """Whether a config.json is that of a run of ours, and no other trainer's."""
+    return "snr_gamma" in settings
 
 
 def dataset_of(settings: dict[str, Any]) -> dict[str, str | None]:
@@ -221,7 +231,7 @@ def dataset_of(settings: dict[str, Any]) -> dict[str, str | None]:
 def hub_dataset(settings: dict[str, Any]) -> str | None:
     """The id on the Hub of the training images; None of others."""
     name = settings.get("dataset_name")
-    return None if not name or name == EMBEDDED or is_path(name) else name
+    return None if not isinstance(name, str) or name == EMBEDDED or is_path(name) else name or None
 
 
 def base_model(settings: dict[str, Any]) -> str | None:

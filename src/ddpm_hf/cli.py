@@ -211,6 +211,13 @@ def _image_parser(prog: str, description: str | None) -> "_Parser":
     add("--batch_size", type=int, default=64, help="Images at once (default: %(default)s).")
     add("--seed", type=int, default=0, help="Of noise and timesteps (default: %(default)s).")
     add("--fit", action="store_true", help="Resize, crop and convert images as training does.")
+    add("--background", help="Colour behind transparent images (default: the run's, or white).")
+    add(
+        "--corrupt_images",
+        choices=["raise", "skip"],
+        default="raise",
+        help="What to do about files that cannot be decoded (default: %(default)s).",
+    )
     add("--output", help="Folder to write to (default: that of the pipeline).")
     return parser
 

@@ -20,12 +20,14 @@ import numpy as np
 import pyarrow.compute as pc
 from torch import Tensor
 
+from .access import explained_hub
 from .config import TrainingConfig
 from .errors import InputError
 from .images import ImageSet
 from .pixels import encoded_size
 from .sources import (
     check_label,
+    fetch_all,
     find_held_out_split,
     find_image_column,
     find_label_column,
@@ -261,8 +263,10 @@ def load_held_out(config: TrainingConfig, images: Any) -> ImageSet:
     source = open_dataset(config, streaming=config.streaming)
     if config.streaming:
         column = find_image_column(source.features, config.image_column)
-        rows = source.cast_column(column, datasets.Image(decode=False)).take(HELD_OUT_MOST)
-        source = datasets.Dataset.from_list(list(rows), features=source.features)
+        first = source.cast_column(column, datasets.Image(decode=False)).take(HELD_OUT_MOST)
+        with explained_hub(config.dataset_name or "", "read", repo_type="dataset"):
+            rows = fetch_all(list(first), column)
+        source = datasets.Dataset.from_list(rows, features=source.features)
     elif len(source) > HELD_OUT_MOST:
         source = source.select(np.linspace(0, len(source) - 1, HELD_OUT_MOST).round().astype(int))
     held = decode_all(source, config)

@@ -103,8 +103,8 @@ def evaluate(
             the network's size and channels.
         strip_timesteps: Of the reconstructions; nine over the chain when not given.
         output: Folder to write to; the pipeline's own when not given.
-        columns: dataset_config_name, image_column, label_column and cache_dir, as in
-            `TrainingConfig`.
+        columns: dataset_config_name, image_column, label_column, cache_dir, corrupt_images and
+            background, as in `TrainingConfig`; the background is that of the run when not given.
 
     Raises:
         InputError: a pipeline or a set that cannot be loaded, images that do not fit the network,
@@ -189,6 +189,8 @@ def _about(
         how.append(f"given the {config.label_column}")
     if fit:
         how.append("images resized to fit")
+    if config.background != "white":
+        how.append(f"transparent images on {config.background}")
     name = config.dataset_name
     named = dataset_of({"dataset_name": name})["name"]
     return dict(

@@ -8,6 +8,7 @@ configurations, the card and its pictures, the recipe and the results. Checkpoin
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -18,6 +19,7 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    ModelCard,
     errors,
     hf_hub_download,
     snapshot_download,
@@ -27,6 +29,7 @@ from .access import explained_hub, warn_insecure_endpoint
 from .card import (
     hub_dataset,
     is_own,
+    is_run,
     public_settings,
     read_config,
     render_card,
@@ -36,6 +39,18 @@ from .checkpoint import (
 )
 from .errors import InputError
 from .results import RESULTS, TRAINING
+
+logger = logging.getLogger(__name__)
+
+CONFIGURATIONS = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
+"""Where diffusers notes the path that a component was loaded from."""
+
+FLAT = (
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.safetensors",
+    "scheduler_config.json",
+)
+"""What lies at the top of a repository of diffusers' first releases."""
 
 PUBLIC = (
     "model_index.json",
@@ -86,7 +101,8 @@ def push_to_hub(
     """Push the pipeline in a folder, with its card, recipe and results, as one commit.
 
     Whatever stands in the repository of another pipeline goes in the same commit, so that no old
-    weights or numbers lie beside the new ones. A card there that a person has edited stays.
+    weights or numbers lie beside the new ones. A card there that a person has edited stays, unless
+    the folder has one that a person has written.
 
     Args:
         folder: Of a run, or any folder that `save_pretrained` wrote.
@@ -103,7 +119,8 @@ def push_to_hub(
 
     Raises:
         InputError: nothing to push, no token, no permission, or a name, tag or repository that does
-            not fit. No file has been pushed then; a repository may have been made, empty.
+            not fit; or somebody else pushed meanwhile. No file has been pushed then; a repository
+            may have been made, empty.
     """
     folder = Path(folder)
     if create_pr and (tag or revision):
@@ -121,18 +138,22 @@ def push_to_hub(
         tag_stands = tag is not None and _tag_stands(api, repo, tag, move_tag)
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        there = api.list_repo_files(repo, revision=revision)
+        head = api.model_info(repo, revision=revision).sha
+        there = api.list_repo_files(repo, revision=head)
         adds = list(files_of(folder))
-        if own := _own_card(api, folder, repo, revision, there):
-            adds += own
+        theirs = _card_there(api, repo, head, there)
+        if own := next((path for path in (folder / "README.md", theirs) if _has_words(path)), None):
+            adds.append(CommitOperationAdd("README.md", own))
         else:
-            adds.append(CommitOperationAdd("README.md", card(repo=repo).encode()))
+            text = card(repo=repo, license=license or _license_there(theirs))
+            adds.append(CommitOperationAdd("README.md", text.encode()))
         commit = api.create_commit(
             repo,
             [*adds, *_stale({add.path_in_repo for add in adds}, there)],
             commit_message=message or _message(folder),
             revision=revision,
             create_pr=create_pr,
+            parent_commit=head,  # refused where a person has edited the card meanwhile
         )
         if tag_stands:
             api.delete_tag(repo, tag=tag)
@@ -168,6 +189,9 @@ def origin_files(
     """A folder with what lies beside a pipeline where it was loaded from, if that is known."""
     if not name or Path(name).is_dir():
         return Path(name) if name and (Path(name) / "model_index.json").is_file() else None
+    if Path(name).is_absolute():
+        logger.warning(f"{name} is gone: what lay there beside the pipeline is not pushed with it")
+        return None
     beside = [pattern for pattern in (*PUBLIC, CONFIG, "README.md") if "/*" not in pattern]
     with explained_hub(name, "load the card of", token=token):
         found = snapshot_download(name, token=token, revision=revision, allow_patterns=beside)
@@ -194,32 +218,54 @@ def prepare_repo(api: HfApi, repo: str, *, private: bool | None) -> str:
 def files_of(folder: Path) -> Iterator[CommitOperationAdd]:
     """What to upload of a folder, but for its card."""
     for path in files_to_push(folder):
-        if path.name != "README.md" and path != folder / CONFIG:
-            yield CommitOperationAdd(path.relative_to(folder).as_posix(), path)
+        name = path.relative_to(folder).as_posix()
+        if name in CONFIGURATIONS and (text := without_path(path)) is not None:
+            yield CommitOperationAdd(name, text.encode())
+        elif name not in ("README.md", CONFIG):
+            yield CommitOperationAdd(name, path)
     settings = read_config(folder / CONFIG)
-    if settings and "dataset_name" in settings:
+    if settings and is_run(settings):
         text = json.dumps(public_settings(settings), indent=2) + "\n"
         yield CommitOperationAdd(CONFIG, text.encode())
 
 
-def _own_card(
-    api: HfApi, folder: Path, repo: str, revision: str | None, there: list[str]
-) -> list[CommitOperationAdd]:
-    """A person's own card: that of the folder, or the one that stands there; else nothing."""
-    local = folder / "README.md"
-    if is_own(local):
-        return [CommitOperationAdd("README.md", local)]
+def without_path(configuration: Path) -> str | None:
+    """The text of a component's configuration without the path that it was loaded from.
+
+    It concerns this machine only. None where there is none in it.
+    """
+    config = read_config(configuration)
+    if config.pop("_name_or_path", None) is None:
+        return None
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _card_there(api: HfApi, repo: str, head: str, there: list[str]) -> Path | None:
+    """The card that stands in a repository."""
     if "README.md" not in there:
-        return []
-    remote = Path(hf_hub_download(repo, "README.md", revision=revision, token=api.token))
-    own = is_own(remote) and remote.read_bytes().strip()
-    return [CommitOperationAdd("README.md", remote)] if own else []
+        return None
+    return Path(hf_hub_download(repo, "README.md", revision=head, token=api.token))
+
+
+def _has_words(card: Path | None) -> bool:
+    """Whether a person wrote a card, and more of it than its head, as the Hub's form does."""
+    if card is None or not is_own(card):
+        return False
+    text = card.read_text("utf-8", errors="replace")
+    return bool(re.sub(r"\A---\s*\n(.*?\n)?---\s*(\n|\Z)", "", text, flags=re.DOTALL).strip())
+
+
+def _license_there(card: Path | None) -> str | None:
+    """The licence that a person chose, in a card that says no more."""
+    if card is None or not is_own(card):
+        return None
+    return ModelCard(card.read_text("utf-8", errors="replace")).data.license
 
 
 def _stale(pushed: set[str], there: list[str]) -> Iterator[CommitOperationDelete]:
     """What a repository has of another pipeline than the one that is pushed."""
     for name in there:
-        ours = name.startswith(("unet/", "scheduler/")) or name in (*PUBLIC, CONFIG)
+        ours = name.startswith(("unet/", "scheduler/")) or name in (*PUBLIC, *FLAT, CONFIG)
         if ours and name not in pushed:
             yield CommitOperationDelete(name)
 

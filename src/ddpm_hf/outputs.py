@@ -158,11 +158,11 @@ def save_pipeline(run: Run, step: int) -> None:
 def write_pipeline(run: Run, step: int, unet: UNet2DModel) -> None:
     """Write a pipeline into the run's folder, each file replaced in one piece.
 
-    What shows an evaluation of another step goes before.
+    What shows an evaluation, samples or losses of another step goes before.
     """
     record = read_record(run.directory)
     if record is None or record.step != step:
-        for name in EVALUATED:
+        for name in (*EVALUATED, "samples/grid.png", "loss_curve.png"):
             (run.directory / name).unlink(missing_ok=True)
     partial_folder = run.directory / ".pipeline.partial"
     scheduler = DDPMScheduler.from_config(run.scheduler.config)

@@ -2,7 +2,6 @@
 
 import errno
 import inspect
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral
@@ -31,7 +30,7 @@ from .arguments import (
 from .checkpoint import write_text
 from .errors import InputError, check_whole
 from .functional import like, mix_seed
-from .hub import files_to_push, origin_files, push_to_hub
+from .hub import CONFIGURATIONS, files_to_push, origin_files, push_to_hub, without_path
 from .inversion import (
     Images,
     cut_off,
@@ -124,8 +123,13 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         with told_in_one_line(name, kwargs.get("token")):
             folder, options = prepare(cls, name, kwargs)
             pipe = super().from_pretrained(str(folder), **options)
-        pipe.register_to_config(_name_or_path=name)
+        # A folder whole, so that from elsewhere it is no id on the Hub.
+        pipe.register_to_config(
+            _name_or_path=str(Path(name).absolute()) if Path(name).is_dir() else name
+        )
         pipe._revision = kwargs.get("revision")
+        if "unet" not in kwargs:
+            pipe.unet._loaded_from = pipe.name_or_path, pipe._revision
         return pipe
 
     @property
@@ -182,7 +186,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         """Push the pipeline and its card as one commit; the arguments are those of diffusers.
 
         What is known of a pipeline where it was loaded from, its card, recipe and results, goes
-        with it. `hub.push_to_hub` has more choices.
+        with it, unless its network was exchanged for another. `hub.push_to_hub` has more choices.
 
         Returns:
             The address of the commit, or of the pull request.
@@ -194,11 +198,15 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         if subfolder or variant:
             raise InputError("a pipeline is pushed whole: leave out subfolder and variant")
         with TemporaryDirectory() as folder:
-            origin = origin_files(self.name_or_path, token, self._revision)
+            origin, place = None, (self.name_or_path, self._revision)
+            if getattr(self.unet, "_loaded_from", None) == place:
+                origin = origin_files(self.name_or_path, token, self._revision)
             if origin is not None:
-                freeze(origin, files_to_push(origin), Path(folder))
-                for part in ("unet", "scheduler"):
-                    shutil.rmtree(Path(folder) / part, ignore_errors=True)
+                beside = files_to_push(origin)
+                beside = [path for path in beside if path.parent.name not in ("unet", "scheduler")]
+                if repo_id == self.name_or_path:  # the card there may be newer
+                    beside = [path for path in beside if path.name != "README.md"]
+                freeze(origin, beside, Path(folder))
             self.save_pretrained(folder, safe_serialization=safe_serialization)
             pushed = push_to_hub(
                 folder,
@@ -690,8 +698,7 @@ def save_whole(pipe: DDPMPipeline, output: str | Path) -> None:
 
 
 def _forget_where_it_was(folder: Path) -> None:
-    """Take the path that diffusers notes out of a saved pipeline: it concerns this machine only."""
-    for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
-        config = json.loads((folder / name).read_text())
-        if config.pop("_name_or_path", None) is not None:
-            write_text(folder / name, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    """Take the path that diffusers notes out of a saved pipeline."""
+    for name in CONFIGURATIONS:
+        if (text := without_path(folder / name)) is not None:
+            write_text(folder / name, text)

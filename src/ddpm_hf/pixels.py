@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +55,8 @@ def encoded_size(cell: dict[str, Any] | None) -> tuple[int, int] | None:
     try:
         content = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
         with Image.open(content) as image:
-            sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            sideways = orientation >= 5 and image.format != "TIFF"  # Pillow has turned its size
             return (image.width, image.height) if sideways else (image.height, image.width)
     except Exception:  # noqa: BLE001  whatever it is, `decode_row` names it
         return None
@@ -101,7 +103,9 @@ def decode_row(
     # raised.
     except Exception as error:  # noqa: BLE001
         name = (cell or {}).get("path") or f"row {index}"
-        fault = f"{name} ({type(error).__name__}: {' '.join(str(error).split())})"
+        # Without the address in memory of the bytes that Pillow could not read.
+        reason = re.sub(r" <_io\.BytesIO object at \w+>$", "", " ".join(str(error).split()))
+        fault = f"{name} ({type(error).__name__}: {reason})"
         return dict(pixels=b"", **dict.fromkeys(SHAPE), fault=fault, **label)
     if deep:  # bicubic overshoots
         pixels = pixels.clip(-1, 1)

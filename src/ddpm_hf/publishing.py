@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -32,12 +33,12 @@ def _push_pipeline(run: Run, step: int, milestone: bool) -> None:
     """Copy what is to be pushed, and let it be pushed. Raises OSError: it could not be copied."""
     folder = run.directory
     frozen = freeze(folder, files_to_push(folder), folder / f".push-{step}.partial")
-    grids = sorted(folder.glob("samples/step-*.png"), key=lambda path: path.stat().st_mtime)
-    if step != run.total_steps:  # the grid of the end comes later, or is that of a shorter run
-        _delete(frozen / "samples")
-        if grids:
-            (frozen / "samples").mkdir()
-            shutil.copyfile(grids[-1], frozen / "samples" / "grid.png")
+    grid = frozen / "samples" / "grid.png"
+    named = {path: re.fullmatch(r"step-(\d+)", path.stem) for path in folder.glob("samples/*.png")}
+    grids = {int(name[1]): path for path, name in named.items() if name and int(name[1]) <= step}
+    if grids and not grid.is_file():  # that of the end comes later
+        grid.parent.mkdir(exist_ok=True)
+        shutil.copyfile(grids[max(grids)], grid)
     push = partial(
         push_to_hub,
         frozen,

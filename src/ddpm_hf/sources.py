@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ SAVED = ("dataset_info.json", "dataset_dict.json")
 ROWS_PER_SHARD = 1024
 """A saved set is streamed in pieces of so many rows."""
 
+FETCHERS = 32
+"""Threads at least where each image is a file of its own on a Hub: its answers are waited for."""
+
 HELD_OUT_SPLITS = ("test", "validation", "valid", "val", "dev")
 
 
@@ -44,6 +48,8 @@ def open_dataset(
     import datasets
 
     name, folder = config.dataset_name, None if config.dataset_name else config.train_data_dir
+    if name and config.dataset_config_name is None and is_image_folder(name):
+        folder = name
     if not (name or folder):
         raise InputError(
             "name the images to train on: --dataset_name (Hub id or path) or --train_data_dir "
@@ -51,21 +57,19 @@ def open_dataset(
         )
     if folder and not os.path.isdir(folder):
         raise InputError(f"train_data_dir must be a folder of images; got {folder!r}")
-    split, splits = None if every_split else config.split, split_names(config.split)
+    splits = split_names(config.split)
+    split = None if every_split else "+".join(part.strip() for part in config.split.split("+"))
     options = dict(split=split, cache_dir=config.cache_dir, streaming=streaming)
     try:
         if folder:
             # `datasets` reads splits out of file names (test_1.png); here a folder is one set,
             # unless it has a sub-folder for the split.
-            words = datasets.data_files.SPLIT_KEYWORDS
-            names = [name for split in splits for name in words.get(split, [split])]
-            files = {} if has_splits(folder, names) else {"train": "**"}
-            if files and set(splits) != {"train"}:
-                raise InputError(
-                    f"split {split!r} is no sub-folder of {folder}; a folder without any is `train`"
-                )
+            there = split_folders(folder, splits)
+            if not every_split:
+                check_splits(folder, splits, there)
+            files = None if there else {"train": "**"}
             return datasets.load_dataset(
-                "imagefolder", data_dir=folder, data_files=files or None, **options
+                "imagefolder", data_dir=folder, data_files=files, **options
             )
         if name == EMBEDDED:
             files = {split: str(FASHION_MNIST / f"{split}.parquet") for split in ("train", "test")}
@@ -110,25 +114,87 @@ def _endings(folder: str) -> str:
     return f"its files end in {found}" if found else "it is empty"
 
 
-def has_splits(folder: str, names: list[str]) -> bool:
-    """Whether a folder has sub-folders of these names, which `datasets` takes for splits.
+def check_splits(folder: str, asked: list[str], there: set[str]) -> None:
+    """Raise InputError where a split that is asked for is none of a folder's, `there`."""
+    import datasets
+
+    words = datasets.data_files.SPLIT_KEYWORDS
+    for split in set(asked) - ({"all"} if there else {"all", "train"}):
+        if not there & set(words.get(split, [split])):
+            others = f", but {', '.join(sorted(there))} are" if there else ""
+            raise InputError(
+                f"split {split!r} is no sub-folder of {folder}{others}; a folder without any is "
+                "`train`"
+            )
+
+
+def split_folders(folder: str, asked: list[str]) -> set[str]:
+    """The sub-folders of a folder that are splits: by `datasets`' words, or asked for by name.
 
     Raises:
-        InputError: others stand beside them, which it would leave out without a word.
+        InputError: others stand beside them, which it would leave out without a word; or one is
+            such a word but for its capitals.
     """
     import datasets
 
     words = {word for split in datasets.data_files.SPLIT_KEYWORDS.values() for word in split}
     there = {entry.name for entry in os.scandir(folder) if entry.is_dir()} - {"__MACOSX"}
     there = {name for name in there if not name.startswith(".")}
-    splits, others = there & set(names), there - words - set(names)
+    splits, others = there & (words | set(asked)), there - words - set(asked)
+    capitals = sorted(name for name in others if name.lower() in words)
+    if capitals:
+        raise InputError(
+            f"{folder} has a sub-folder {capitals[0]!r}: write it in small letters if it is a "
+            "split, and by another name if it is a class"
+        )
     if splits and others:
         raise InputError(
             f"{folder} has a sub-folder {min(splits)!r}, which is the word for a split, and others "
             f"that are not, like {min(others)!r}: move those away, or rename {min(splits)!r} if "
             "they are classes"
         )
-    return bool(splits)
+    return splits
+
+
+def is_image_folder(name: str) -> bool:
+    """Whether a data set's name is a folder of image files, and of nothing else to load.
+
+    `datasets` would read splits out of the names of its files, as it does not for train_data_dir.
+    """
+    import datasets
+
+    folder, endings = Path(name), datasets.packaged_modules._EXTENSION_TO_MODULE
+    if not folder.is_dir() or (folder / "README.md").is_file():  # which may name files for splits
+        return False
+    files = (path for path in folder.rglob("*") if not path.name.startswith("metadata."))
+    modules = {endings.get(path.suffix.lower(), ("",))[0] for path in files if path.is_file()}
+    return "imagefolder" in modules and modules <= {"imagefolder", "text", ""}
+
+
+def is_remote(cell: dict[str, Any] | None) -> bool:
+    """Whether a cell, not decoded, is no more than the address of a file on another machine."""
+    from datasets.utils.file_utils import is_local_path
+
+    return bool(cell and cell["bytes"] is None and cell["path"] and not is_local_path(cell["path"]))
+
+
+def fetch(cells: dict[str, Any], column: str) -> dict[str, Any]:
+    """A row with the bytes of its image; `datasets` tries again for minutes where a Hub is away."""
+    from datasets.utils.file_utils import xopen
+
+    if not is_remote(cells[column]):
+        return cells
+    path = cells[column]["path"]
+    with xopen(path, "rb") as file:
+        return {**cells, column: {"path": path, "bytes": file.read()}}
+
+
+def fetch_all(rows: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
+    """As `fetch`, many rows at once."""
+    if not any(is_remote(cells[column]) for cells in rows):
+        return rows
+    with ThreadPoolExecutor(FETCHERS) as pool:
+        return list(pool.map(partial(fetch, column=column), rows))
 
 
 def is_saved(name: str | None) -> bool:
@@ -138,13 +204,16 @@ def is_saved(name: str | None) -> bool:
 
 def split_names(split: str) -> list[str]:
     """The splits in an expression of `datasets`: train[:10%]+test -> train, test."""
-    return [part.split("[")[0] for part in split.split("+")]
+    return [part.split("[")[0].strip() for part in split.split("+")]
 
 
 def find_held_out_split(config: TrainingConfig) -> str | None:
     """The first of the set's splits that are for testing and not trained on."""
+    trained_on = set(split_names(config.split))
+    if "all" in trained_on:
+        return None
     found = open_dataset(config, streaming=config.streaming, every_split=True)
-    names = set(found if isinstance(found, dict) else ()) - set(split_names(config.split))
+    names = set(found if isinstance(found, dict) else ()) - trained_on
     return next((name for name in HELD_OUT_SPLITS if name in names), None)
 
 

@@ -33,7 +33,16 @@ from .config import TrainingConfig
 from .data import Batch, augmentation_draws, shuffled
 from .errors import InputError
 from .pixels import crop_each
-from .sources import check_label, find_label_column, open_dataset, row_decoder
+from .sources import (
+    FETCHERS,
+    check_label,
+    fetch,
+    fetch_all,
+    find_label_column,
+    is_remote,
+    open_dataset,
+    row_decoder,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -50,15 +59,12 @@ SHARDS_PER_LANE = 8
 """At least, so that the lanes' epochs are of about the same length."""
 
 MOST_SHARDS = 1024
-"""Smaller shards (a folder's are its files) are read as fewer, each a few of them."""
+"""Smaller shards (of image files, each its own) are read as fewer, each a few of them."""
 
 PROBE = 64
 """Images that are looked at before a run, to know their kind."""
 
-FETCHERS = 32
-"""Threads at least where each image is a file of its own on a Hub: its answers are waited for."""
-
-SHARD_STREAM, BLOCK_STREAM = 8, 9
+SHARD_STREAM, BLOCK_STREAM, ADDRESS_STREAM = 8, 9, 10
 """Random streams of one seed, beside those of data.py, run.py and outputs.py."""
 
 
@@ -146,22 +152,21 @@ class StreamedImages:
         raise InputError(f"none of {len(block)} images in a row can be decoded: {self.faults[-1]}")
 
 
-def is_remote(cell: dict[str, Any] | None) -> bool:
-    """Whether a cell, not decoded, is no more than the address of a file on another machine."""
-    from datasets.utils.file_utils import is_local_path
+def mixed_addresses(
+    source: datasets.IterableDataset, columns: list[str]
+) -> datasets.IterableDataset:
+    """A set whose images are files of their own as a table of addresses, in a mixed order.
 
-    return bool(cell and cell["bytes"] is None and cell["path"] and not is_local_path(cell["path"]))
+    `datasets` has them as one shard, by name, and so class after class.
+    """
+    import datasets
 
-
-def fetch(cells: dict[str, Any], column: str) -> dict[str, Any]:
-    """A row with the bytes of its image; `datasets` tries again for minutes where a Hub is away."""
-    from datasets.utils.file_utils import xopen
-
-    if not is_remote(cells[column]):
-        return cells
-    path = cells[column]["path"]
-    with xopen(path, "rb") as file:
-        return {**cells, column: {"path": path, "bytes": file.read()}}
+    rows = list(source)
+    order = shuffled(np.arange(len(rows)), len(rows), (ADDRESS_STREAM,)).tolist()
+    table = datasets.Dataset.from_dict(
+        {name: [rows[i][name] for i in order] for name in columns}, features=source.features
+    )
+    return table.to_iterable_dataset(num_shards=min(MOST_SHARDS, len(rows)))
 
 
 def load_stream(config: TrainingConfig) -> StreamedImages:
@@ -191,8 +196,9 @@ def load_stream(config: TrainingConfig) -> StreamedImages:
         encoded = [len((cells[column] or {}).get("bytes") or b"") for cells in rows]
         if any(is_remote(cells[column]) for cells in rows):
             num_threads = max(FETCHERS, num_threads)
-            with ThreadPoolExecutor(num_threads) as pool:
-                rows = list(pool.map(partial(fetch, column=column), rows))
+        if rows and not any(encoded):
+            source = mixed_addresses(source, columns)
+        rows = fetch_all(rows, column)
     decoded = [decoder(cells, row) for row, cells in enumerate(rows)]
     found = [row for row in decoded if row["fault"] is None]
     faults = [row["fault"] for row in decoded if row["fault"] is not None]
