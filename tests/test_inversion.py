@@ -430,6 +430,7 @@ def denoise(**options):
         (lambda p: p(1, latents=FLOATS * torch.inf), "latents must be finite; got NaN or infinity"),
         (lambda p: p.denoise_image(images(2, 1, 8, 8)), "one image at a time; got 2"),
         (lambda p: p.denoise_image(FLOATS, 0.0), "noise_level must be a number above 0"),
+        (lambda p: p.denoise_image(FLOATS, True), "noise_level must be a number above 0"),
         (lambda p: p.denoise_image(FLOATS, 1e9), "at most 20[0-9]{3} grey levels"),
         (lambda p: p.denoise_image(FLOATS, torch.nan), "must be a number above 0 .*; got nan"),
         (lambda p: p.denoise_image(FLOATS, "a"), "must be a number above 0 .*; got 'a'"),

@@ -176,7 +176,9 @@ def test_lanes_of_a_streamed_set_are_as_many_as_the_document_says():
     assert "at most 1 GiB of them as" in DOCUMENT
     assert WINDOW_BYTES == 2**30
     assert SHARDS_PER_LANE == 8
-    kind = dict(source=None, decoder=None, size=(64, 64), channels=3, deep=False, skip=False)
+    kind = dict(
+        name="", source=None, decoder=None, size=(64, 64), channels=3, deep=False, skip=False
+    )
     kind |= dict(num_classes=None, class_names=None, probe="", image_bytes=0, num_threads=1)
     assert "| 64 lanes x 8 = 512," in DOCUMENT
     assert "with 100 files | 8 lanes," in DOCUMENT

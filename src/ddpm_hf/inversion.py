@@ -222,7 +222,8 @@ def timestep_of_noise(scheduler: DDPMScheduler, noise_level: float) -> int:
     """
     finite = scheduler.alpha_bar[1:][scheduler.alpha_bar[1:] > 0]
     levels = 127.5 * (1 / finite - 1).sqrt()
-    if not isinstance(noise_level, Real) or not 0 < noise_level <= levels[-1]:
+    number = isinstance(noise_level, Real) and not isinstance(noise_level, bool)
+    if not number or not 0 < noise_level <= levels[-1]:
         raise InputError(
             f"noise_level must be a number above 0 and at most {levels[-1].item():.0f} grey "
             f"levels, the largest that the network knows; got {noise_level!r}"
