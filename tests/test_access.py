@@ -280,3 +280,8 @@ said("org/m/n", "create_repo")
     ]
     for line, (repo, reason) in zip(lines, expected, strict=True):
         assert line.startswith(f"InputError cannot push to '{repo}': {reason}"), line
+
+
+def test_a_stored_token_that_cannot_be_read_hides_no_error(monkeypatch):
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "x" * 300)  # no name of a file is so long
+    assert scrubbed(f"Bearer {TOKEN}") == "Bearer ***"

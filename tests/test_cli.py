@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler
 from ddpm_hf.bound import output_folder
 from ddpm_hf.checkpoint import check_folder
-from ddpm_hf.cli import main, share_cores
+from ddpm_hf.cli import main, run, share_cores
 from ddpm_hf.errors import InputError
 from ddpm_hf.sampling import SCHEDULERS, load_pipeline, sample_to
 
@@ -284,6 +285,63 @@ def test_errors_are_json_too(argv, message, capsys, tmp_path, monkeypatch):
     said = capsys.readouterr()
     assert message in json.loads(said.out)["error"]
     assert message in said.err
+
+
+class Failing:
+    """A verb that raises."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, argv):
+        print("on its way")
+        raise self.error
+
+
+def test_an_error_without_words_is_json_and_a_traceback(capsys):
+    full = OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space left"):
+        run(Failing(full), ["--json"], "verb")
+    assert shown(capsys) == {"error": repr(full)}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), InputError("x"), KeyboardInterrupt()])
+def test_one_process_of_many_prints_the_json(error, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with suppress(RuntimeError):
+        run(Failing(error), ["--json"], "verb")
+    assert capsys.readouterr().out == ""
+
+
+def test_an_interrupt_is_one_line_json_and_exit_code_130(capsys):
+    assert run(Failing(KeyboardInterrupt()), ["--json"], "ddpm-hf") == 130
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"error": "interrupted"}
+    assert said.err.splitlines() == ["on its way", "ddpm-hf: interrupted"]
+
+
+@pytest.mark.parametrize("verb", ["push", "train"])
+def test_help_is_text_also_with_json(verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help", "--json"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: ddpm-hf {verb}")
+
+
+@pytest.mark.parametrize("words", ["push pipe --repo a/b --hub_token", "train --hub_tokn"])
+def test_a_token_is_in_no_error(words, capsys):
+    token = "hf_" + "aB3" * 10
+    assert main([*words.split(), token, "--json"]) == 2
+    said = capsys.readouterr()
+    assert token not in said.out + said.err
+    assert "error" in json.loads(said.out)
+
+
+def test_an_error_of_another_kind_has_no_token_in_its_json(capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_short")
+    with pytest.raises(RuntimeError):
+        run(Failing(RuntimeError("sent hf_short")), ["--json"], "verb")
+    assert shown(capsys) == {"error": "RuntimeError('sent ***')"}
 
 
 def test_a_token_on_the_command_line_reaches_no_tracker(quick_settings, monkeypatch, capsys):

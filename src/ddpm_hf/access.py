@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -108,9 +108,8 @@ def _stored_tokens() -> list[str]:
     from huggingface_hub import constants
 
     stored = [os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
-    path = Path(constants.HF_TOKEN_PATH)
-    if path.is_file():
-        stored.append(path.read_text())
+    with suppress(OSError):  # no file, or that of another user
+        stored.append(Path(constants.HF_TOKEN_PATH).read_text())
     return [token.strip() for token in stored if token and token.strip()]
 
 

@@ -2,7 +2,7 @@
 
 With `--json` standard output is one JSON object, the call's result or `{"error": ...}`, and all
 else goes to standard error. Exit codes: 0 done; 1 training failed, and 2 input that its user can
-mend, said in one line; 75 stopped by a signal with the state saved.
+mend, said in one line; 75 stopped by a signal with the state saved; 130 interrupted.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 from .errors import (
     EXIT_FAILED,
     EXIT_INPUT,
+    EXIT_INTERRUPTED,
     InputError,
     Stopped,
     TrainingError,
@@ -354,29 +355,42 @@ def plain(value: Any) -> Any:
 def run(command, argv: list[str], name: str) -> int:
     """Run a command; an error that has its words becomes one line and an exit code."""
     share_cores()
-    as_json, output = "--json" in argv, sys.stdout
+    asks_help = bool({"-h", "--help"} & set(argv))
+    as_json, output = "--json" in argv and not asks_help, sys.stdout
     argv = [word for word in argv if word != "--json"]
+
+    def tell(answer: Any) -> None:
+        if as_json and int(os.environ.get("RANK", 0)) == 0:
+            print(json.dumps(answer), file=output)
+
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         try:
             answer, code = plain(command(argv)), 0
-        except (InputError, TrainingError) as error:
-            print(f"{name}: error: {error}", file=sys.stderr)
-            answer = {"error": str(error)}
-            code = EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
-        except OSError as error:
-            if error.filename is None:  # no file or folder of the user's
-                raise
-            print(f"{name}: error: {error}", file=sys.stderr)
-            answer, code = {"error": str(error)}, EXIT_INPUT
         except Stopped as stopped:
             answer, code = {"error": f"stopped by {stopped}"}, stopped.code
+        except KeyboardInterrupt:
+            print(f"{name}: interrupted", file=sys.stderr)
+            answer, code = {"error": "interrupted"}, EXIT_INTERRUPTED
         except Exception as error:
-            if as_json:
-                print(json.dumps({"error": repr(error)}), file=output)
-            raise
-    if as_json and int(os.environ.get("RANK", 0)) == 0:
-        print(json.dumps(answer))
+            from .access import scrubbed
+
+            code = _exit_code(error)
+            if code is None:
+                tell({"error": scrubbed(repr(error))})
+                raise
+            line = scrubbed(str(error))
+            print(f"{name}: error: {line}", file=sys.stderr)
+            answer = {"error": line}
+    tell(answer)
     return code
+
+
+def _exit_code(error: Exception) -> int | None:
+    """That of an error which has its words; None for one that shows a traceback."""
+    if isinstance(error, TrainingError):
+        return EXIT_FAILED
+    of_a_file = isinstance(error, OSError) and error.filename is not None  # of the user's
+    return EXIT_INPUT if isinstance(error, InputError) or of_a_file else None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,8 +9,9 @@ import difflib
 from collections.abc import Iterable
 from numbers import Integral
 
-EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED = 1, 2, 75
-"""Exit codes beside 0. 75 is EX_TEMPFAIL of sysexits.h: the same command again goes on."""
+EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 130
+"""Exit codes beside 0. 75 is EX_TEMPFAIL of sysexits.h: the same command again goes on; 130 is
+what shells make of Ctrl-C."""
 
 
 class InputError(ValueError):
