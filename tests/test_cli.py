@@ -51,7 +51,7 @@ def test_the_script_is_the_verb(quick_settings):
     bad = subprocess.run([*script, "--sed", "1"], capture_output=True, text=True)
     assert bad.returncode == 2
     assert bad.stderr.splitlines() == [
-        "train_accelerate.py: error: unknown flag '--sed'. Did you mean 'seed'?"
+        "train_accelerate.py: error: unknown flag '--sed'. Did you mean '--seed'?"
     ]
 
 
@@ -365,6 +365,9 @@ def test_a_token_on_the_command_line_reaches_no_tracker(quick_settings, monkeypa
         ),
         ("sample x --zzz --grid g.png", "unrecognized arguments: --zzz. --help lists all flags"),
         ("push x --repo a --privat", "--privat. Did you mean '--private'"),
+        ("train --center_cro", "unknown flag '--center_cro'. Did you mean '--center_crop'?"),
+        ("train --token=hf_a", "unknown flag '--token'. Did you mean '--hub_token'?"),
+        ("train my_images", "'my_images' stands without a flag: .* --train_data_dir my_images or"),
         ("train --lr 1e-4", "unknown flag '--lr'. --help lists all flags"),
     ],
 )

@@ -119,11 +119,21 @@ def parse_command(
     nothing = argparse.Namespace(**dict.fromkeys([*field_names(), *of_call], absent))
     found, unknown = make_parser(prog).parse_known_args(argv, nothing)
     if unknown:
-        flag = unknown[0].split("=")[0].lstrip("-")
-        near = did_you_mean(flag, field_names()) or " --help lists all flags."
-        raise InputError(f"unknown flag {unknown[0]!r}.{near}")
+        raise InputError(_explain_unknown(unknown[0].split("=")[0]))
     given = {name: value for name, value in vars(found).items() if value is not absent}
     command = CommandLine(**{name: given[name] for name in of_call & given.keys()})
     command.given = frozenset(given)
     settings = {name: value for name, value in given.items() if name not in of_call}
     return resolve(settings, "the command line"), command
+
+
+def _explain_unknown(word: str) -> str:
+    """What to do about a word that is no flag, and no value of one; of `--flag=value` the flag."""
+    if not word.startswith("-"):
+        return (
+            f"{word!r} stands without a flag: images are named by --train_data_dir {word} or "
+            f"--dataset_name {word}"
+        )
+    flags = [*field_names(), *(f.name for f in fields(CommandLine) if f.init), "from"]
+    near = did_you_mean(word.lstrip("-"), flags, prefix="--")
+    return f"unknown flag {word!r}.{near or ' --help lists all flags.'}"

@@ -33,10 +33,10 @@ class Stopped(SystemExit):
         return self.reason
 
 
-def did_you_mean(value: object, choices: Iterable[str]) -> str:
-    """' Did you mean X?' for the choice nearest to `value`, or an empty string."""
+def did_you_mean(value: object, choices: Iterable[str], *, prefix: str = "") -> str:
+    """' Did you mean X?' for the choice nearest to `value`, or an empty string; X with a prefix."""
     near = difflib.get_close_matches(str(value), list(choices), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    return f" Did you mean {prefix + near[0]!r}?" if near else ""
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
