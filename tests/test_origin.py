@@ -263,3 +263,47 @@ def test_a_model_of_the_hub(hub_server, tiny_unet, tmp_path, flat):
     missing = [*command[:5], "google/none"]
     said = run_client(hub_server, tmp_path / "home", missing, token=None, expect=2)
     assert "cannot start from 'google/none'" in said
+
+
+SAY_SETTINGS = """
+from huggingface_hub import constants
+from ddpm_hf.errors import InputError
+from ddpm_hf.origin import settings_of_origin
+
+def say(name):
+    try:
+        print(name, settings_of_origin(name).get("snr_gamma"))
+    except InputError as error:
+        print(error)
+
+"""
+
+
+def files_in(folder):
+    """The configurations in a folder, by their paths."""
+    paths = [path for path in folder.rglob("*.json") if path.name.endswith("config.json")]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def test_a_model_that_was_read_once_is_read_without_a_connection(trained, hub_server, tmp_path):
+    files = files_in(trained)
+    hub_server.add("org/model", files)
+    hub_server.add("org/bare", {name: files[name] for name in files.keys() - {"config.json"}})
+    hub_server.add("org/new", files)
+    code = (
+        SAY_SETTINGS + "say('org/model'), say('org/bare')\n"
+        "constants.HF_HUB_OFFLINE = True\n"
+        "say('org/model'), say('org/bare'), say('org/new')"
+    )
+    *said, refused = run_client(hub_server, tmp_path / "home", code).splitlines()
+    assert said == ["org/model 3.0", "org/bare None"] * 2
+    assert "cannot start from 'org/new'" in refused
+    assert "HF_HUB_OFFLINE is set" in refused
+
+
+def test_a_recipe_that_cannot_be_read_now_is_not_left_out(hub_server, trained, tmp_path):
+    hub_server.add("org/model", files_in(trained))
+    for method in ("HEAD", "GET"):  # the client asks for the head first, or does not
+        hub_server.fail(method, "/resolve/[^/]*/config.json", status=403, times=None)
+    said = run_client(hub_server, tmp_path / "home", SAY_SETTINGS + "say('org/model')")
+    assert "cannot start from 'org/model': you may not (made to fail)" in said

@@ -31,6 +31,7 @@ VARIANCES = {
 """Stock's words of the variance, and the setting that each stands for."""
 
 UNET, SCHEDULER, RECIPE = "unet/config.json", "scheduler/scheduler_config.json", "config.json"
+FLAT_SCHEDULER = "scheduler_config.json"
 
 KEPT = "origin"
 """Folder in that of a run with these files, so that it goes on when its origin is gone."""
@@ -51,11 +52,12 @@ def read_origin(name: str) -> dict[str, dict[str, Any]]:
     from .loading import check_scheduler
 
     try:
-        root = _read(name, RECIPE)
+        folder = _folder(name)
+        root = _read(folder / RECIPE)
         # Old repositories, like google/ddpm-cifar10-32, have all files at their root.
         flat = (root or {}).get("_class_name") == "UNet2DModel"
-        unet = root if flat else _read(name, UNET)
-        process = _read(name, "scheduler_config.json" if flat else SCHEDULER)
+        unet = root if flat else _read(folder / UNET)
+        process = _read(folder / (FLAT_SCHEDULER if flat else SCHEDULER))
         if unet is None or process is None:
             raise ValueError("it holds no pipeline: it has no unet or no scheduler")
         check_scheduler("DDPMScheduler", process)
@@ -134,27 +136,31 @@ def settings_of_origin(name: str, source: str | Path | None = None) -> dict[str,
     }
 
 
-def _read(name: str, file: str) -> dict[str, Any] | None:
-    """A JSON object in a folder or a repository; None where there is no such file.
+def _folder(name: str) -> Path:
+    """A folder, or that in the cache with the configurations of a repository, all of one commit.
 
     Raises:
-        InputError: no such repository.
-        ValueError: what is in the file is no object of settings.
+        InputError: no such repository, or no connection and too little in the cache.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    from .loading import read_json
+    from huggingface_hub import snapshot_download
 
     if Path(name).is_dir():
-        path = Path(name) / file
-        return read_json(path) if path.is_file() else None
+        return Path(name)
     warn_insecure_endpoint()
     with explained_hub(name, "start from", or_folder=True):
-        try:
-            return read_json(Path(hf_hub_download(name, file)))
-        except EntryNotFoundError:
-            return None
+        files = [UNET, SCHEDULER, RECIPE, FLAT_SCHEDULER]
+        return Path(snapshot_download(name, allow_patterns=files))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is no such file.
+
+    Raises:
+        ValueError: what is in the file is no object of settings.
+    """
+    from .loading import read_json
+
+    return read_json(path) if path.is_file() else None
 
 
 def _resolution(sample_size: Any) -> str:
