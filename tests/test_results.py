@@ -111,7 +111,7 @@ def test_an_error_that_is_no_number_is_refused():
         result(standard_error=float("nan"))
 
 
-@pytest.mark.parametrize("text", ["5", '{"a": 1}'])
+@pytest.mark.parametrize("text", ["5", '{"a": 1}', "{}", '""', "0", "false", "null"])
 def test_results_that_are_no_list_are_one_clear_line(tmp_path, text):
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(InputError, match="results.json must hold a list of rows"):
@@ -126,3 +126,13 @@ def test_losses_of_a_record_are_by_timestep(tmp_path):
     (tmp_path / "training.json").write_text(json.dumps(row))
     with pytest.raises(InputError, match="loss_by_timestep in .*training.json must be"):
         read_record(tmp_path)
+
+
+def test_a_record_holds_no_loss_that_json_has_no_number_for(tmp_path):
+    losses = {"training loss": {"0.0-0.1": math.inf, "0.1-0.2": 0.5}, "held out": {"a": math.nan}}
+    record = TrainingRecord(
+        step=1, global_batch_size=1, num_images=1, num_processes=1, seconds=1.0, energy_kwh=0.0,
+        parameters=1, loss_by_timestep=losses,
+    )  # fmt: skip
+    write_record(tmp_path, record)
+    assert read_record(tmp_path).loss_by_timestep == {"training loss": {"0.1-0.2": 0.5}}

@@ -141,10 +141,10 @@ def read_results(folder: Path) -> list[Result]:
     Raises:
         InputError: the file holds something else.
     """
-    rows = _read_json(folder / RESULTS)
-    if not isinstance(rows or [], list):
+    rows = _read_json(folder / RESULTS, missing=[])
+    if not isinstance(rows, list):
         raise InputError(f"{folder / RESULTS} must hold a list of rows; got {rows!r:.80}")
-    return [_parse(Result, row, folder / RESULTS) for row in rows or []]
+    return [_parse(Result, row, folder / RESULTS) for row in rows]
 
 
 def add_results(folder: Path, results: list[Result], *, replacing: Container[str] = ()) -> None:
@@ -176,16 +176,21 @@ def read_record(folder: Path) -> TrainingRecord | None:
 
 
 def write_record(folder: Path, record: TrainingRecord) -> None:
-    """Write a folder's training.json."""
-    write_text(folder / TRAINING, json.dumps(asdict(record), indent=2) + "\n")
+    """Write a folder's training.json, without losses that are not finite."""
+    losses = {}
+    for kind, by_share in record.loss_by_timestep.items():
+        if finite := {share: loss for share, loss in by_share.items() if math.isfinite(loss)}:
+            losses[kind] = finite
+    found = asdict(record) | {"loss_by_timestep": losses}
+    write_text(folder / TRAINING, json.dumps(found, indent=2, allow_nan=False) + "\n")
 
 
-def _read_json(path: Path) -> Any:
-    """A JSON file; None where there is none."""
+def _read_json(path: Path, *, missing: Any = None) -> Any:
+    """A JSON file; `missing` where there is none."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        return None
+        return missing
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
 
