@@ -128,6 +128,13 @@ def test_pngs_npy_and_npz_hold_the_same_images_whatever_the_batch(folder, tmp_pa
     assert zipfile.ZipFile(tmp_path / "x.npz").namelist() == ["arr_0.npy"]
 
 
+@pytest.mark.parametrize("name", ["x.NPY", "x.Npz"])
+def test_an_array_in_capitals_is_an_array(folder, tmp_path, name):
+    sample_to(tmp_path / name, load_pipeline(str(folder)), 2, num_inference_steps=1)
+    loaded = np.load(tmp_path / name)
+    assert (loaded["arr_0"] if name.endswith("z") else loaded).shape == (2, 8, 8)
+
+
 @pytest.mark.parametrize("name", ["x.npy", "x.npz"])
 def test_sampling_that_is_interrupted_leaves_no_unfinished_file(folder, tmp_path, name):
     pipe, calls, out = load_pipeline(str(folder)), [], tmp_path / "out"
@@ -164,12 +171,15 @@ def test_sampling_that_is_interrupted_leaves_no_unfinished_file(folder, tmp_path
         (dict(output="x.npy", grid="g.psd"), "grid must end like a picture, for example .png; got"),
         (dict(output=None, grid="pipe"), "pipe exists already"),
         (dict(output="empty.npy"), "empty.npy exists already: name another file"),
+        (dict(output="x.npy", grid="file/g.png"), "file/g.png cannot be written, .*file is a file"),
+        (dict(output="file/new/x.npy"), "file/new/x.npy cannot be written, .*file is a file"),
         (dict(output="s.jpg"), "output must be a folder, .npy or .npz, and grid a picture"),
     ],
 )
 def test_bad_sampling_arguments(folder, options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.npy").mkdir()
+    (tmp_path / "file").touch()
     options = {"num_images": 1, **options}
     with pytest.raises(InputError, match=message):
         sample_to(options.pop("output"), load_pipeline(str(folder)), **options)

@@ -125,7 +125,7 @@ def sample_to(
 
     Raises:
         InputError: nothing to write to, a number below 1, a class that the network does not have,
-            or an output that exists already.
+            or an output that exists already or cannot be written.
     """
     _check(pipe, output, num_images, batch_size, seed, num_inference_steps, grid)
     channels, height, width = pipe.image_shape
@@ -171,9 +171,14 @@ def _check(pipe, output, num_images, batch_size, seed, num_inference_steps, grid
     check_whole("seed", seed, 0)
     check_whole("num_inference_steps", num_inference_steps, 1, trained)
     for path in (output, grid):
-        if path is None or not Path(path).exists():
+        if path is None:
             continue
-        a_folder = path is output and Path(path).suffix not in ARRAYS and Path(path).is_dir()
+        nearest = next(parent for parent in Path(path).absolute().parents if parent.exists())
+        if not nearest.is_dir():
+            raise InputError(f"{path} cannot be written, {nearest} is a file: name another place")
+        if not Path(path).exists():
+            continue
+        a_folder = path is output and not _is_array(Path(path)) and Path(path).is_dir()
         if not a_folder or any(Path(path).iterdir()):
             raise InputError(f"{path} exists already: name another file or an empty folder")
     kinds = Image.registered_extensions()  # what Pillow reads, some of which it writes
@@ -183,13 +188,18 @@ def _check(pipe, output, num_images, batch_size, seed, num_inference_steps, grid
         raise InputError(f"grid must end like a picture, for example .png; got {str(grid)!r}")
 
 
+def _is_array(output: Path) -> bool:
+    """Whether an output is one file, not a folder of PNGs."""
+    return output.suffix.lower() in ARRAYS
+
+
 class _Writer:
     """Images one batch after another into PNGs, .npy or .npz."""
 
     def __init__(self, output: Path, shape: tuple[int, ...]) -> None:
         self.output, self.done, self.array = output, 0, None
         self.digits = len(str(shape[0] - 1))
-        if output.suffix not in ARRAYS:
+        if not _is_array(output):
             output.mkdir(parents=True, exist_ok=True)
             return
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +219,7 @@ class _Writer:
         if self.array is None:
             return
         self.array.flush()
-        if self.output.suffix == ".npz":
+        if self.output.suffix.lower() == ".npz":
             with zipfile.ZipFile(self.packed, "w", zipfile.ZIP_DEFLATED) as archive:
                 archive.write(self.partial, "arr_0.npy")
             self.packed.replace(self.output)
