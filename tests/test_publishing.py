@@ -3,11 +3,15 @@
 import json
 import sys
 import textwrap
+import threading
+from types import SimpleNamespace
 
 import pytest
 
 from ddpm_hf import TrainingConfig, train
 from ddpm_hf.checkpoint import load_checkpoint
+from ddpm_hf.publishing import finish_pushes
+from ddpm_hf.uploads import BackgroundPush
 
 from .conftest import REPOSITORY, quick_settings_in
 from .hub_server import HubServer, run_client
@@ -98,6 +102,7 @@ def test_what_would_fail_later_is_said_before_training(hub_server, tmp_path):
     script = f"""
         from ddpm_hf import TrainingConfig, train
         from ddpm_hf.errors import InputError
+        from huggingface_hub import constants
         settings = {quick_settings_in(tmp_path)!r}
         for more in (
             dict(push_to_hub=True, hub_model_id="stranger/x"),
@@ -106,7 +111,9 @@ def test_what_would_fail_later_is_said_before_training(hub_server, tmp_path):
             dict(resume_from_checkpoint="org/none"),
             dict(resume_from_checkpoint="org/open"),
             dict(push_to_hub=True, hub_model_id="my model"),
+            dict(push_to_hub=True, hub_model_id="org/offline"),
         ):
+            constants.HF_HUB_OFFLINE = more.get("hub_model_id") == "org/offline"
             try:
                 train(TrainingConfig(**settings | more))
             except InputError as error:
@@ -124,6 +131,7 @@ def test_what_would_fail_later_is_said_before_training(hub_server, tmp_path):
             "cannot resume from 'org/none'",
             "org/open holds no checkpoint",
             "no name of a repo is like this",
+            "cannot push to 'org/offline': HF_HUB_OFFLINE is set: unset it",
         ],
         strict=True,
     ):
@@ -258,3 +266,40 @@ def test_an_image_set_of_the_hub_is_trained_on(hub_server, tiny_images, tmp_path
     assert "| their licence | cc-by-4.0 |" in text
     assert "datasets:\n- org/photos" in text
     assert json.loads(tree["config.json"])["dataset_name"] == "org/photos"
+
+
+def test_the_address_of_a_pushed_checkpoint_is_not_that_of_a_commit_that_is_gone(
+    hub_server, tmp_path
+):
+    script = """
+        import sys
+        from pathlib import Path
+        import torch
+        from ddpm_hf.checkpoint import save_checkpoint
+        from ddpm_hf.remote import push_checkpoint
+        run = Path(sys.argv[1])
+        save_checkpoint(run, 2, {"unet": {"a": torch.zeros(3)}}, {})
+        print(*push_checkpoint(run, run / "checkpoint-2", "org/kept")[:3])
+        """
+    words = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "run")]
+    repo, url, commit = run_client(hub_server, tmp_path / "home", words).split()
+    assert commit == hub_server.repos["model", repo].branches["main"]
+    assert url == f"{hub_server.endpoint}/org/kept/tree/main"
+
+
+def test_what_hangs_at_the_end_is_said_with_the_command_that_pushes_it(capsys):
+    hang = threading.Event()
+    pushes = BackgroundPush(print)
+    pushes.submit("model", "the model of step 4", lambda: hang.wait(30), lambda: None)
+    run = SimpleNamespace(
+        pushes=pushes,
+        accelerator=SimpleNamespace(print=print),
+        stop=SimpleNamespace(noted=0),
+        directory="out/x",
+        config=SimpleNamespace(hub_repo="org/x"),
+    )
+    assert finish_pushes(run, 0.1) is None
+    hang.set()
+    _, problem, way_out = capsys.readouterr().out.splitlines()
+    assert problem == "Not pushed: the model of step 4: not over after 0 seconds"
+    assert way_out == "Push it with: ddpm-hf push out/x --repo org/x"

@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ddpm_hf import uploads
 from ddpm_hf.errors import InputError
@@ -40,6 +41,7 @@ def explained(cause):
         (explained(AnswerError(403)), False),
         (explained(ConnectionError("no route")), True),
         (explained(ConnectionError("404 xet-write-token")), False),
+        (explained(OfflineModeIsEnabled("offline")), False),
         (explained(ValueError("no name")), False),
         (ConnectionError("no route"), True),
         (InputError("no pipeline"), False),
@@ -167,7 +169,7 @@ def test_a_push_that_hangs_is_left_and_said():
     pushes = BackgroundPush(lambda line: None)
     pushes.submit("model", "it", lambda: hang.wait(30), nothing)
     assert not pushes.close(0.1)
-    assert "not over after 0 seconds" in pushes.failed["the last push"]
+    assert pushes.failed == {"model": "it: not over after 0 seconds"}
     hang.set()
 
 

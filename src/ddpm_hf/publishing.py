@@ -81,9 +81,10 @@ def finish_pushes(run: Run, seconds: float = LAST_WAIT) -> Pushed | None:
     run.pushes.close(seconds, lambda: bool(run.stop.noted))
     for kind in {"model", "checkpoint"} & run.pushes.done.keys():
         run.accelerator.print(f"Pushed:     {run.pushes.done[kind].url}")
-    for problem in run.pushes.failed.values():
+    failed = dict(run.pushes.failed)  # a push that hangs may still end
+    for problem in failed.values():
         run.accelerator.print(f"Not pushed: {problem}")
-    if "model" in run.pushes.failed:
+    if "model" in failed:
         run.accelerator.print(
             f"Push it with: ddpm-hf push {run.directory} --repo {run.config.hub_repo}"
         )

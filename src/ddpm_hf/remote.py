@@ -15,7 +15,7 @@ from huggingface_hub import (
     snapshot_download,
 )
 
-from .access import explained_hub, warn_insecure_endpoint
+from .access import endpoint, explained_hub, warn_insecure_endpoint
 from .card import located
 from .checkpoint import (
     CONFIG,
@@ -91,6 +91,9 @@ def push_checkpoint(
         afresh: Also in place of a later checkpoint.
         token: As in `push_to_hub`.
 
+    Returns:
+        The address of the branch, which stays, and the commit's hash until the next push.
+
     Raises:
         InputError: as `push_to_hub`, a repository that is not private, or that has a later
             checkpoint: the run began while the Hub could not be reached.
@@ -120,7 +123,7 @@ def push_checkpoint(
                 "the same command again in an empty folder to go on from it, or start afresh with "
                 "--overwrite_output_dir"
             )
-        commit = api.create_commit(
+        api.create_commit(
             repo,
             [
                 *(CommitOperationAdd(name, path) for name, path in adds.items()),
@@ -134,7 +137,9 @@ def push_checkpoint(
             commit_message=checkpoint.name,
         )
         api.super_squash_history(repo, commit_message=checkpoint.name)
-    return Pushed(repo, commit.commit_url, commit.oid)
+        # Squashing gives the commit another hash, and the next push one more.
+        commit = api.model_info(repo).sha
+    return Pushed(repo, f"{endpoint()}/{repo}/tree/main", commit)
 
 
 def newest_step(names: list[str]) -> int | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 from .access import scrubbed
 
@@ -31,6 +31,8 @@ def may_pass(error: BaseException) -> bool:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None:
             return status in (408, 409, 412, 429) or status >= 500
+        if isinstance(error, OfflineModeIsEnabled):  # until it is unset, which is a new start
+            return False
         if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
             return "xet-write-token" not in str(error)  # a server that will never have it
         seen.append(error)
@@ -51,7 +53,8 @@ class BackgroundPush:
         self.done: dict[str, Any] = {}
         self._waiting: dict[str, tuple[str, Callable[[], Any], Callable[[], None]]] = {}
         self._change = threading.Condition()
-        self._closing = self._in_flight = False
+        self._closing = False
+        self._in_flight: tuple[str, str] | None = None  # kind and name
         self._thread: threading.Thread | None = None
 
     def submit(
@@ -79,7 +82,7 @@ class BackgroundPush:
     @property
     def busy(self) -> bool:
         """Whether a push is in flight or waits."""
-        return self._in_flight or bool(self._waiting)
+        return bool(self._in_flight or self._waiting)
 
     def close(
         self, seconds: float = LAST_WAIT, hurried: Callable[[], bool] = lambda: False
@@ -103,9 +106,13 @@ class BackgroundPush:
                 thread.join(min(0.2, max(0.0, end - time.monotonic())))
                 if hurried():
                     end = min(end, time.monotonic() + STOP_WAIT)
-            if thread.is_alive():
-                waited = time.monotonic() - began
-                self.failed["the last push"] = f"it was not over after {waited:.0f} seconds"
+            with self._change:
+                late = dict([self._in_flight] if self._in_flight else [])
+                late |= {kind: name for kind, (name, *_) in self._waiting.items()}
+            waited = time.monotonic() - began
+            for kind, name in late.items():
+                self.done.pop(kind, None)
+                self.failed[kind] = f"{name}: not over after {waited:.0f} seconds"
         return not self.failed
 
     def _work(self) -> None:
@@ -117,7 +124,7 @@ class BackgroundPush:
                     self._change.wait()
                 kind = next(iter(self._waiting))
                 name, push, clean = self._waiting.pop(kind)
-                self._in_flight = True
+                self._in_flight = kind, name
             try:
                 self.done[kind] = self._attempt(kind, push)
                 self.failed.pop(kind, None)
@@ -128,7 +135,7 @@ class BackgroundPush:
                 self.say(f"Warning: {name} could not be pushed, training goes on ({reason})")
             finally:
                 clean()
-                self._in_flight = False
+                self._in_flight = None
 
     def _attempt(self, kind: str, push: Callable[[], Any]) -> Any:
         """Push, again after a while where that may help, until something newer waits."""
