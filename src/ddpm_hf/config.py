@@ -586,10 +586,17 @@ def _layer(settings: dict[str, Any], source: str) -> dict[str, Any]:
         if isinstance(value, bool) and "no" in kinds:
             value = "yes" if value else "no"
         if isinstance(value, str) and kinds & {int, float}:
-            with suppress(ValueError):
-                value = float(value)
+            value = _number(value)
         meant[name] = value
     return meant
+
+
+def _number(text: str) -> int | float | str:
+    """A number in text, a whole one to its last digit; other text as it is."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def recipe_of_origin(name: str, source: Path | None, recipe: dict[str, Any]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def find_kept_origin(
 def default_folder(recipe: str) -> Path:
     """The folder of a run where none is named: out/NAME of its recipe, or of a recipe's file."""
     path = Path(recipe)
-    return Path("out") / (path.stem if path.suffix in (".yaml", ".yml") else path.name)
+    return Path("out") / (path.stem if path.suffix in (".yaml", ".yml", ".json") else path.name)
 
 
 def settings_of_origin(name: str, source: str | Path | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from .errors import InputError, did_you_mean
 
 RECIPES = Path(__file__).parent / "recipes"
+WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
 
 
 def recipe_names() -> list[str]:
@@ -17,10 +18,19 @@ def recipe_names() -> list[str]:
 def read_recipe(name: str) -> dict[str, Any]:
     """The settings in a recipe file of this package, by name, or in any YAML file, by path.
 
+    Numbers are decimal: 032 and 1:30, which YAML 1.1 takes for 26 and 90, are text. In a .json
+    file, which `--dry_run` or a run wrote, null is what was left out, and `recipe` a record.
+
     Raises:
         InputError: no such recipe, or a file that is no mapping of settings.
     """
     import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {
+            first: [(tag, WHOLE if tag.endswith(":int") else form) for tag, form in known]
+            for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
 
     path = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name)
     if not path.is_file():
@@ -29,7 +39,7 @@ def read_recipe(name: str) -> dict[str, Any]:
             f"{did_you_mean(name, recipe_names())}"
         )
     try:
-        settings = yaml.safe_load(path.read_text("utf-8")) or {}
+        settings = yaml.load(path.read_text("utf-8"), Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(
             f"recipe {path} is no valid YAML: {' '.join(str(error).split())}"
@@ -38,6 +48,8 @@ def read_recipe(name: str) -> dict[str, Any]:
         raise InputError(
             f"recipe {path} must hold `setting: value` lines; got {type(settings).__name__}"
         )
+    if path.suffix == ".json":
+        return {k: value for k, value in settings.items() if k != "recipe" and value is not None}
     if "recipe" in settings:
         raise InputError(f"recipe {path} names another recipe; copy what it needs instead")
     return settings
