@@ -323,6 +323,10 @@ def test_a_learning_rate_that_muon_does_not_take_is_said():
         ("mixed_precision: no", "mixed_precision", "no"),
         ("resolution: 32", "resolution", "32"),
         ("hub_model_id: '12'", "hub_model_id", "12"),
+        ("resolution: 032", "resolution", "032"),
+        ("seed: 010", "seed", 10),
+        ("seed: '9007199254740993'", "seed", 9007199254740993),
+        ("seed: 9007199254740993", "seed", 9007199254740993),
     ],
 )
 def test_a_recipe_may_be_written_as_yaml_is(tmp_path, text, name, value):
@@ -330,6 +334,15 @@ def test_a_recipe_may_be_written_as_yaml_is(tmp_path, text, name, value):
     (tmp_path / "mine.yaml").write_text(text)
     config = TrainingConfig.from_recipe(str(tmp_path / "mine.yaml"))
     assert (getattr(config, name), type(getattr(config, name))) == (value, type(value))
+
+
+def test_what_a_dry_run_prints_is_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(["--recipe", "cifar10", "--seed", "3", "--learning_rate", "1e-6"])
+    Path("mine.json").write_text(json.dumps(asdict(config), indent=2))
+    again = parse_config(["--recipe", "mine.json"])
+    assert asdict(again) == asdict(config) | {"recipe": "mine.json"}
+    assert again.run_dir == Path("out/mine")
 
 
 def test_a_recipe_says_what_it_does_not_understand(tmp_path):
@@ -350,6 +363,16 @@ def test_a_recipe_says_what_it_does_not_understand(tmp_path):
         ("--num_epochs 2 --max_train_steps 5", "--num_epochs: without effect, beside --max_train"),
         ("--lr_warmup_steps 5 --lr_scheduler constant", "--lr_warmup_steps: without effect, the"),
         ("--save_images_epochs 2 --save_images_steps 5", "--save_images_epochs: without effect,"),
+        ("--ema_update_every 2 --use_ema no", "--ema_update_every: without effect, beside --use_"),
+        ("--logging_dir x --logger none", "--logging_dir: without effect, only --logger tens"),
+        (
+            "--save_images_epochs 2 --streaming --max_train_steps 5",
+            "--save_images_epochs: without effect, a stream has no epochs",
+        ),
+        (
+            "--save_model_epochs 2 --streaming --max_train_steps 5",
+            "--save_model_epochs: without effect, a stream has no epochs",
+        ),
         ("--dataset_config_name a", "--dataset_config_name: without effect, a folder or a file"),
         (
             "--gradient_accumulation_steps 4 --global_batch_size 64",
@@ -361,6 +384,22 @@ def test_a_flag_without_effect_says_so(argv, line):
     config, command = parse_command(["--train_data_dir", "x", *argv.split()])
     (said,) = command.explain(config)
     assert said.startswith(line)
+
+
+@pytest.mark.parametrize("file", ["dataset_info.json", "dataset_dict.json"])
+def test_a_set_of_save_to_disk_has_no_configurations(tmp_path, file):
+    words = ["--dataset_name", str(tmp_path), "--dataset_config_name", "a"]
+    config, command = parse_command(words)
+    assert command.explain(config) == []
+    (tmp_path / file).touch()
+    (said,) = command.explain(config)
+    assert said.startswith("--dataset_config_name: without effect")
+
+
+def test_an_average_of_a_profile_is_updated_too():
+    words = "--train_data_dir x --use_ema no --ema_profiles .05,.1 --ema_update_every 2"
+    config, command = parse_command(words.split())
+    assert command.explain(config) == []
 
 
 def test_the_recipes_batch_wins_over_the_accumulation_and_that_is_said():

@@ -3,10 +3,14 @@
 import argparse
 import typing
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from .config import EMBEDDED, OF_ADAM, TrainingConfig, arg, field_names, resolve
 from .errors import InputError, did_you_mean
 from .recipe import recipe_names
+
+SAVED = ("dataset_info.json", "dataset_dict.json")
+"""Files of a set written by `save_to_disk`: of one split, of several."""
 
 
 @dataclass
@@ -55,9 +59,11 @@ class CommandLine:
 def unread_settings(config: TrainingConfig) -> dict[str, str]:
     """The settings that a run with these settings does not read, and why."""
     name = config.dataset_name
-    no_configurations = not name or name == EMBEDDED or name.endswith(".parquet")
+    saved = name and any((Path(name) / file).is_file() for file in SAVED)
+    no_configurations = not name or name == EMBEDDED or name.endswith(".parquet") or saved
     pushes = config.push_to_hub or config.push_checkpoints
     no_average = "beside --use_ema false"
+    no_epochs = "a stream has no epochs"
     reasons = {
         "dataset_config_name": no_configurations and "a folder or a file has no configurations",
         "train_data_dir": name and "since --dataset_name is given",
@@ -74,9 +80,13 @@ def unread_settings(config: TrainingConfig) -> dict[str, str]:
         "ema_power": not config.use_ema and no_average,
         "ema_max_decay": not config.use_ema and no_average,
         "ema_min_decay": not config.use_ema and no_average,
+        "ema_update_every": not (config.use_ema or config.ema_profiles) and no_average,
         "ema_snapshot_steps": not config.ema_profiles and "without --ema_profiles",
         "overwrite_output_dir": config.resume_from_checkpoint and "beside --resume_from_checkpoint",
-        "save_images_epochs": config.save_images_steps and "beside --save_images_steps",
+        "logging_dir": config.logger != "tensorboard" and "only --logger tensorboard writes there",
+        "save_images_epochs": (config.save_images_steps and "beside --save_images_steps")
+        or (config.streaming and no_epochs),
+        "save_model_epochs": config.streaming and no_epochs,
         "hub_model_id": not pushes and "nothing is pushed",
         "hub_private_repo": not config.push_to_hub and "without --push_to_hub",
     }
