@@ -22,6 +22,7 @@ from ddpm_hf.errors import InputError
 from ddpm_hf.evaluation import table
 from ddpm_hf.likelihood import Strata, bits_per_dim, noise_for
 from ddpm_hf.results import read_results
+from ddpm_hf.sampling import load_pipeline
 
 T = 50
 
@@ -344,6 +345,20 @@ def test_deep_images_have_no_bits_per_dim(model, tmp_path):
 def test_bad_arguments(model, grey, options, message):
     with pytest.raises(InputError, match=message):
         evaluate(model, str(grey.parent), **options)
+
+
+def test_the_command_that_calibrate_prints_works_for_another_scheduler(
+    model, grey, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    load_pipeline(model, "ddim").save_pretrained("ddim")
+    capsys.readouterr()
+    words = ["--dataset_name", str(grey.parent), "--split", "test", "--timesteps", "40"]
+    assert main(["calibrate", "ddim", *words]) == 0
+    said = capsys.readouterr().out.strip()
+    assert "take the optimal variance, but under --scheduler ddpm only" in said
+    printed = said.split("ddpm-hf ")[-1].split()
+    assert main([*printed, "--num_images", "1"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,9 @@ def evaluate_command(argv: list[str]) -> Any:
     return result
 
 
+UNDER_DDPM = ", but under --scheduler ddpm only: the pipeline was saved with another scheduler"
+
+
 def calibrate_command(argv: list[str]) -> Any:
     """Measure what optimal variances and timesteps need; sampling in few steps then uses them."""
     parser = _image_parser("ddpm-hf calibrate", calibrate_command.__doc__)
@@ -180,6 +183,7 @@ def calibrate_command(argv: list[str]) -> Any:
     args = vars(parser.parse_args(argv))
     from .bound import calibrate
     from .card import stock_timesteps
+    from .loading import component_folder, read_json
 
     result = calibrate(**args)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -190,9 +194,12 @@ def calibrate_command(argv: list[str]) -> Any:
         for count, chain in result.timesteps.items():
             print(f"Optimal timesteps for {count} steps, in plain diffusers too by these lines:")
             print(stock_timesteps(chain))
+        where = component_folder(result.output_dir, "scheduler") / "scheduler_config.json"
+        own = read_json(where).get("_class_name") == "DDPMScheduler"
         print(
-            "Fewer steps than trained now take the optimal variance. What measured best in ten, on "
-            f"Fashion-MNIST: ddpm-hf sample {result.output_dir} --solver_order 2 "
+            f"Fewer steps than trained now take the optimal variance{'' if own else UNDER_DDPM}. "
+            "What measured best in ten, on Fashion-MNIST: ddpm-hf sample "
+            f"{result.output_dir}{'' if own else ' --scheduler ddpm'} --solver_order 2 "
             "--num_inference_steps 10 --grid grid.png"
         )
     return result
