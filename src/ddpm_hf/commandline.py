@@ -3,14 +3,10 @@
 import argparse
 import typing
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
-from .config import EMBEDDED, OF_ADAM, TrainingConfig, arg, field_names, resolve
+from .config import EMBEDDED, OF_ADAM, TrainingConfig, arg, field_names, is_saved, resolve
 from .errors import InputError, did_you_mean
 from .recipe import recipe_names
-
-SAVED = ("dataset_info.json", "dataset_dict.json")
-"""Files of a set written by `save_to_disk`: of one split, of several."""
 
 
 @dataclass
@@ -59,8 +55,7 @@ class CommandLine:
 def unread_settings(config: TrainingConfig) -> dict[str, str]:
     """The settings that a run with these settings does not read, and why."""
     name = config.dataset_name
-    saved = name and any((Path(name) / file).is_file() for file in SAVED)
-    no_configurations = not name or name == EMBEDDED or name.endswith(".parquet") or saved
+    no_configurations = not name or name == EMBEDDED or name.endswith(".parquet") or is_saved(name)
     pushes = config.push_to_hub or config.push_checkpoints
     no_average = "beside --use_ema false"
     no_epochs = "a stream has no epochs"

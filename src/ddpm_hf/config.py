@@ -43,6 +43,9 @@ OF_ADAM = ("learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "ad
 EMBEDDED = "embedded"
 """`--dataset_name embedded`: the 6,000 images of Fashion-MNIST inside this package."""
 
+SAVED = ("dataset_info.json", "dataset_dict.json")
+"""Files of an image set written by `save_to_disk`: of one split, of several."""
+
 LR_SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
 )  # fmt: skip
@@ -497,6 +500,11 @@ class TrainingConfig:
             InputError: as `from_recipe`, or no model of that name.
         """
         return resolve({**settings, "init_from": str(name)}, "from_model")
+
+
+def is_saved(name: str | None) -> bool:
+    """Whether an image set is a folder written by `save_to_disk`."""
+    return name is not None and any((Path(name) / file).is_file() for file in SAVED)
 
 
 def field_names() -> list[str]:

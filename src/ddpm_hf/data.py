@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from torch import Tensor
 
 from .access import explained_hub
-from .config import TrainingConfig
+from .config import TrainingConfig, is_saved
 from .errors import InputError
 from .images import ImageSet
 from .pixels import encoded_size
@@ -31,7 +31,6 @@ from .sources import (
     find_held_out_split,
     find_image_column,
     find_label_column,
-    is_saved,
     open_dataset,
     row_decoder,
 )

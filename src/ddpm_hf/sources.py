@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import ImageColor
 
-from .config import EMBEDDED, TrainingConfig
+from .config import EMBEDDED, TrainingConfig, is_saved
 from .errors import InputError, did_you_mean
 from .pixels import DECODER_VERSION, decode_row
 
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     import datasets
 
 FASHION_MNIST = Path(__file__).parent / "fashion_mnist"
-
-SAVED = ("dataset_info.json", "dataset_dict.json")
-"""Files of a set written by `save_to_disk`."""
 
 ROWS_PER_SHARD = 1024
 """A saved set is streamed in pieces of so many rows."""
@@ -195,11 +192,6 @@ def fetch_all(rows: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
         return rows
     with ThreadPoolExecutor(FETCHERS) as pool:
         return list(pool.map(partial(fetch, column=column), rows))
-
-
-def is_saved(name: str | None) -> bool:
-    """Whether an image set is a folder written by `save_to_disk`."""
-    return name is not None and any(os.path.isfile(os.path.join(name, file)) for file in SAVED)
 
 
 def split_names(split: str) -> list[str]:
