@@ -59,33 +59,8 @@ def open_dataset(
     options = dict(split=split, cache_dir=config.cache_dir, streaming=streaming)
     try:
         if folder:
-            # `datasets` reads splits out of file names (test_1.png); here a folder is one set,
-            # unless it has a sub-folder for the split.
-            there = split_folders(folder, splits)
-            if not every_split:
-                check_splits(folder, splits, there)
-            files = None if there else {"train": "**"}
-            return datasets.load_dataset(
-                "imagefolder", data_dir=folder, data_files=files, **options
-            )
-        if name == EMBEDDED:
-            files = {split: str(FASHION_MNIST / f"{split}.parquet") for split in ("train", "test")}
-            return datasets.load_dataset("parquet", data_files=files, **options)
-        if name.endswith(".parquet"):
-            return datasets.load_dataset("parquet", data_files={splits[0]: name}, **options)
-        if is_saved(name):
-            found = from_disk(name, split)
-            if not streaming or isinstance(found, dict):
-                return found
-            return found.to_iterable_dataset(num_shards=len(found) // ROWS_PER_SHARD + 1)
-        if not streaming:
-            return datasets.load_dataset(name, config.dataset_config_name, **options)
-        builder = datasets.load_dataset_builder(
-            name, config.dataset_config_name, cache_dir=config.cache_dir
-        )
-        # Of a repo of image files `datasets` would decode every one as it comes.
-        builder.config.decode_num_threads = 0
-        return builder.as_streaming_dataset(split=split)
+            return _load_folder(folder, splits, every_split, options)
+        return _load_named(config, splits, options)
     except InputError:
         raise
     # `datasets` has no common base class for what it raises about names, files, splits and
@@ -101,6 +76,45 @@ def open_dataset(
         if folder and "corresponds to no data" in reason:
             reason = f"it has no file of an image that `datasets` knows; {_endings(folder)}"
         raise InputError(f"cannot load the image set {folder or name!r}: {reason}") from error
+
+
+def _load_folder(folder: str, splits: list[str], every_split: bool, options: dict[str, Any]) -> Any:
+    """A folder of image files: one set, unless it has sub-folders for splits.
+
+    `datasets` reads splits out of file names too (test_1.png).
+    """
+    import datasets
+
+    there = split_folders(folder, splits)
+    if not every_split:
+        check_splits(folder, splits, there)
+    files = None if there else {"train": "**"}
+    return datasets.load_dataset("imagefolder", data_dir=folder, data_files=files, **options)
+
+
+def _load_named(config: TrainingConfig, splits: list[str], options: dict[str, Any]) -> Any:
+    """The embedded set, a parquet file, a saved set, or what `datasets` finds by a name."""
+    import datasets
+
+    name, streaming = config.dataset_name, options["streaming"]
+    if name == EMBEDDED:
+        files = {split: str(FASHION_MNIST / f"{split}.parquet") for split in ("train", "test")}
+        return datasets.load_dataset("parquet", data_files=files, **options)
+    if name.endswith(".parquet"):
+        return datasets.load_dataset("parquet", data_files={splits[0]: name}, **options)
+    if is_saved(name):
+        found = from_disk(name, options["split"])
+        if not streaming or isinstance(found, dict):
+            return found
+        return found.to_iterable_dataset(num_shards=len(found) // ROWS_PER_SHARD + 1)
+    if not streaming:
+        return datasets.load_dataset(name, config.dataset_config_name, **options)
+    builder = datasets.load_dataset_builder(
+        name, config.dataset_config_name, cache_dir=config.cache_dir
+    )
+    # Of a repo of image files `datasets` would decode every one as it comes.
+    builder.config.decode_num_threads = 0
+    return builder.as_streaming_dataset(split=options["split"])
 
 
 def _endings(folder: str) -> str:
