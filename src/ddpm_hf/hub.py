@@ -19,7 +19,6 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    ModelCard,
     errors,
     hf_hub_download,
     snapshot_download,
@@ -259,7 +258,9 @@ def _license_there(card: Path | None) -> str | None:
     """The licence that a person chose, in a card that says no more."""
     if card is None or not is_own(card):
         return None
-    return ModelCard(card.read_text("utf-8", errors="replace")).data.license
+    text = card.read_text("utf-8", errors="replace")
+    found = re.search(r"^license:[ \t]*([\w.-]+)[ \t]*$", text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def _stale(pushed: set[str], there: list[str]) -> Iterator[CommitOperationDelete]:
