@@ -13,7 +13,7 @@ from ddpm_hf import DDPMPipeline, build_scheduler
 from ddpm_hf.card import MARK, public_settings
 from ddpm_hf.config import TrainingConfig
 from ddpm_hf.errors import InputError
-from ddpm_hf.hub import check_pipeline, files_to_push
+from ddpm_hf.hub import _license_there, check_pipeline, files_to_push
 from ddpm_hf.remote import is_repo
 
 from .hub_server import run_client
@@ -359,6 +359,24 @@ def test_what_leaves_is_a_list(hub_server, saved, tmp_path):
     assert MARK.encode() in trees[0]["README.md"]
     assert b"license: apache-2.0" in trees[0]["README.md"]
     assert ["config.json" in tree for tree in trees] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("head", "license"),
+    [
+        ("license: apache-2.0", "apache-2.0"),
+        ("tags:\n- a\nlicense: 'mit' ", "mit"),
+        ("license: mit\r", "mit"),
+        ("license: [mit", None),  # no YAML
+        ("license:\ntags: []", None),
+        ("tags: [license: mit]", None),
+        (MARK + "\nlicense: mit", None),  # of ours: the settings have it
+    ],
+)
+def test_the_licence_of_a_card_that_is_replaced_stays(head, license, tmp_path):
+    card = tmp_path / "README.md"
+    card.write_bytes(f"---\n{head}\n---\n".encode())
+    assert _license_there(card) == license
 
 
 def test_only_safetensors_are_pushed(tiny_unet, tmp_path):

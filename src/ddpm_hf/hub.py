@@ -259,8 +259,8 @@ def _license_there(card: Path | None) -> str | None:
     if card is None or not is_own(card):
         return None
     text = card.read_text("utf-8", errors="replace")
-    found = re.search(r"^license:[ \t]*([\w.-]+)[ \t]*$", text, re.MULTILINE)
-    return found[1] if found else None
+    found = re.search(r"^license:[ \t]*([\"']?)([\w.-]+)\1[ \t]*$", text, re.MULTILINE)
+    return found[2] if found else None
 
 
 def _stale(pushed: set[str], there: list[str]) -> Iterator[CommitOperationDelete]:
