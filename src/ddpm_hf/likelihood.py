@@ -72,7 +72,7 @@ def vlb_terms(
     for t in timesteps:
         eps = noise(t).to(x_0.device)
         x_t, output = noise_and_predict(network, scheduler, x_0, eps, t)
-        x_0_hat = scheduler.to_x_0(scheduler.split_output(output, x_0.shape[1])[0], x_t, t)
+        x_0_hat = scheduler.predict_x_0(output, x_t, t, clip=False)
         clipped = scheduler.clip_x_0(x_0_hat)
         yield Term(
             t,

@@ -56,10 +56,9 @@ class SecondOrder:
         scheduler, t = self.scheduler, int(t)
         s = scheduler.previous_timestep(t)
         x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
-        prediction, _ = scheduler.split_output(output, x_t.shape[1])
         # Not clipped, as in diffusers' solvers: the path is smooth, which a line through two
         # predictions asks for.
-        x_0_hat = scheduler.to_x_0(prediction, x_t, t)
+        x_0_hat = scheduler.predict_x_0(output, x_t, t, clip=False)
         if self.visits:
             x_t = self._corrected(x_0_hat, x_t, t)
         x_s = scheduler.ddim_mean(self._predicted(x_0_hat, t, s), x_t, t, s)

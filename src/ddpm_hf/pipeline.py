@@ -379,16 +379,16 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         for t in self.progress_bar(scheduler.timesteps):
             x_in = scheduler.scale_model_input(x_t, t)
             output = self._guided(x_in.to(self.unet.dtype), t, labels, guidance_scale)
-            prediction, _ = process.split_output(output, x_t.shape[1])
-            x_0_hat = process.clip_x_0(process.to_x_0(prediction, x_in, t.item()))
+            x_0_hat = process.predict_x_0(output, x_in, t.item())
             if solver is not None:
                 x_t, _ = solver.step(output, x_t, t, generator)
             elif asked:
                 x_t, _ = process.reverse_step(output, x_t, t, generator, **asked)
             else:
                 # diffusers' own schedulers know no learned variance, or one of RGB images only.
-                answer = output if process is scheduler else prediction
-                x_t = scheduler.step(answer, t, x_t, **options).prev_sample
+                if process is not scheduler:
+                    output, _ = process.split_output(output, x_t.shape[1])
+                x_t = scheduler.step(output, t, x_t, **options).prev_sample
             yield DenoisingStep(t.item(), x_t, x_0_hat)
 
     # From images back

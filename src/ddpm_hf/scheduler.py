@@ -319,6 +319,14 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             )
         return output.split(channels, dim=1) if learned else (output, None)
 
+    def predict_x_0(
+        self, output: Tensor, x_t: Tensor, t: Timestep | float, *, clip: bool = True
+    ) -> Tensor:
+        """Eq. (15): `to_x_0` of a network's whole answer, (B, C, H, W); arguments as in `p_step`."""
+        prediction, _ = self.split_output(output, x_t.shape[1])
+        x_0_hat = self.to_x_0(prediction, x_t, t)
+        return self.clip_x_0(x_0_hat) if clip else x_0_hat
+
     def reverse_log_variance(
         self,
         t: Timestep,
@@ -470,10 +478,8 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         Raises:
             ValueError: channels that do not fit `variance_type`, or timesteps that do not fit.
         """
-        output, model_variance = self.split_output(output, x_t.shape[1])
-        x_0_hat = self.to_x_0(output, x_t, t)
-        if clip:
-            x_0_hat = self.clip_x_0(x_0_hat)
+        x_0_hat = self.predict_x_0(output, x_t, t, clip=clip)
+        _, model_variance = self.split_output(output, x_t.shape[1])
         mean = self.q_posterior(x_0_hat, x_t, t, s).mean
         log_variance = self.reverse_log_variance(t, s, model_variance, analytic=analytic)
         return ReverseStep(Gaussian(mean, like(log_variance, x_t)), x_0_hat)
@@ -498,10 +504,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
 
         Args: those of `p_step`.
         """
-        output, _ = self.split_output(output, x_t.shape[1])
-        x_0_hat = self.to_x_0(output, x_t, t)
-        if clip:
-            x_0_hat = self.clip_x_0(x_0_hat)
+        x_0_hat = self.predict_x_0(output, x_t, t, clip=clip)
         mean = self.ddim_mean(x_0_hat, x_t, t, s, eta=eta)
         variance = eta**2 * self._posterior_variance(t, s)
         if analytic:
