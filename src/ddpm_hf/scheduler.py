@@ -322,7 +322,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
     def predict_x_0(
         self, output: Tensor, x_t: Tensor, t: Timestep | float, *, clip: bool = True
     ) -> Tensor:
-        """Eq. (15): `to_x_0` of a network's whole answer, (B, C, H, W); arguments as in `p_step`."""
+        """Eq. (15): `to_x_0` of a network's whole output, (B, C, H, W). Arguments: see `p_step`."""
         prediction, _ = self.split_output(output, x_t.shape[1])
         x_0_hat = self.to_x_0(prediction, x_t, t)
         return self.clip_x_0(x_0_hat) if clip else x_0_hat
