@@ -203,7 +203,8 @@ def bound(folder: Path, pipe: DDPMPipeline, count: int, timesteps: int) -> None:
     figure.savefig(folder / "loss.png", dpi=110)
     sums = BoundSums.zeros(len(scheduler.beta))
     sums.add(measured)
-    plot_rate_distortion(rate_distortion(sums, strata), folder / "rate_distortion.png")
+    figure = plot_rate_distortion(rate_distortion(sums, strata), len(scheduler.beta))
+    figure.savefig(folder / "rate_distortion.png", dpi=120)
 
 
 def reconstructions(path: Path, pipe: DDPMPipeline) -> None:

@@ -19,8 +19,8 @@ from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler, calibrate, eva
 from ddpm_hf.bound import _check_visits, load, prepare
 from ddpm_hf.cli import main
 from ddpm_hf.errors import InputError
-from ddpm_hf.evaluation import table
-from ddpm_hf.likelihood import Strata, bits_per_dim, noise_for
+from ddpm_hf.evaluation import plot_rate_distortion, table
+from ddpm_hf.likelihood import RateDistortion, Strata, bits_per_dim, noise_for
 from ddpm_hf.results import read_results
 from ddpm_hf.sampling import load_pipeline
 
@@ -88,6 +88,19 @@ def test_evaluate_writes_results_table_plot_and_strips(model, grey, tmp_path, ca
     assert Image.open(folder / "reconstructions.png").size == (10 * 58 + 2, 7 * 58 + 2)
     assert main(words) == 0
     assert len(read_results(folder)) == 4  # the same measurement takes the place of the first
+
+
+def test_the_curve_is_drawn_over_all_steps_also_of_few_timesteps():
+    """The first of 10 shares of 1,000 has its middle some 150 steps from the noise."""
+    middle = torch.tensor([851.0, 130.0, 0.0])
+    curve = RateDistortion(middle, torch.tensor([0.02, 0.4, 3.9]), torch.tensor([68.0, 14.0, 1.0]))
+    distortion, bits, both = plot_rate_distortion(curve, 1000).axes
+    for axes, column in ((distortion, curve.distortion_rmse), (bits, curve.rate_bpd)):
+        (line,) = axes.get_lines()
+        assert line.get_xdata().tolist() == [148, 869, 999]
+        assert line.get_ydata().tolist() == column.tolist()
+    (line,) = both.get_lines()
+    assert line.get_xdata().tolist() == curve.rate_bpd.tolist()
 
 
 def test_the_last_reconstruction_is_close_to_the_image(model, grey, tmp_path):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from .pictures import save_image_grid
 from .pipeline import DDPMPipeline
 from .results import Result, add_results, read_record, read_results
 from .sources import find_held_out_split
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STRIP_IMAGES = 8
 STRIP_TIMES = (1.0, 0.9, 0.75, 0.6, 0.45, 0.3, 0.15, 0.05, 0.0)
@@ -129,7 +132,8 @@ def evaluate(
     def write() -> None:
         about = _about(pipe, config, result, strata, seed, fit)
         about["split"] = split_name(config, split)
-        _write(folder, result, about, None if trained is None else trained.step)
+        step = None if trained is None else trained.step
+        _write(folder, result, about, step, len(pipe.process.beta))
         _write_reconstructions(folder / "reconstructions.png", pipe, images, shown, seed)
         _write_shared_latents(folder / "shared_latents.png", pipe, images, seed)
         renew_card(folder)
@@ -202,7 +206,9 @@ def _about(
     )
 
 
-def _write(folder: Path, result: Evaluation, about: dict[str, Any], step: int | None) -> None:
+def _write(
+    folder: Path, result: Evaluation, about: dict[str, Any], step: int | None, num_timesteps: int
+) -> None:
     """results.json, rate_distortion.json and .png; `step` is how long the model was trained."""
     error = None if math.isnan(result.standard_error) else result.standard_error
     of = about | {"step": step}
@@ -215,7 +221,8 @@ def _write(folder: Path, result: Evaluation, about: dict[str, Any], step: int | 
     add_results(folder, rows)
     columns = {name: column.tolist() for name, column in result.curve._asdict().items()}
     write_text(folder / "rate_distortion.json", json.dumps(about | columns, indent=2) + "\n")
-    plot_rate_distortion(result.curve, folder / "rate_distortion.png")
+    figure = plot_rate_distortion(result.curve, num_timesteps)
+    figure.savefig(folder / "rate_distortion.png", dpi=120)
 
 
 def table(curve: RateDistortion) -> str:
@@ -229,22 +236,23 @@ def table(curve: RateDistortion) -> str:
     return "\n".join(lines)
 
 
-def plot_rate_distortion(curve: RateDistortion, path: Path) -> None:
-    """Fig. 5: distortion and rate along the reverse process, and one against the other."""
+def plot_rate_distortion(curve: RateDistortion, num_timesteps: int) -> Figure:
+    """Fig. 5: distortion and rate along the T reverse steps, and one against the other."""
     from matplotlib.figure import Figure
 
     t, rate, rmse = (column.numpy() for column in curve)
+    done = num_timesteps - 1 - t
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     distortion, bits, both = figure.subplots(1, 3)
-    distortion.plot(t.max() - t, rmse)
+    distortion.plot(done, rmse)
     distortion.set(xlabel="reverse steps done", ylabel="distortion (RMSE, 0 to 255)")
-    bits.plot(t.max() - t, rate)
+    bits.plot(done, rate)
     bits.set(xlabel="reverse steps done", ylabel="rate (bits/dim)")
     both.plot(rate, rmse)
     both.set(xlabel="rate (bits/dim)", ylabel="distortion (RMSE, 0 to 255)")
     for axes in (distortion, bits, both):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def _strip_images(
