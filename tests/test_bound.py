@@ -6,17 +6,28 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
 from PIL import Image
 
-from ddpm_hf import DDPMPipeline, DDPMScheduler, build_scheduler, calibrate, evaluate
+from ddpm_hf import (
+    DDPMPipeline,
+    DDPMScheduler,
+    TrainingConfig,
+    build_scheduler,
+    calibrate,
+    evaluate,
+)
 from ddpm_hf.bound import _check_visits, load, prepare
+from ddpm_hf.card import write_card
 from ddpm_hf.cli import main
 from ddpm_hf.errors import InputError
 from ddpm_hf.evaluation import plot_rate_distortion, table
@@ -196,6 +207,47 @@ def test_calibrate_into_another_folder_leaves_the_first(model, grey, tmp_path):
     )
 
 
+def test_a_model_calibrated_into_another_folder_takes_its_run_along(model, grey, tmp_path):
+    """Its background, recipe and results, and a card that is its own."""
+    first, other = tmp_path / "model", tmp_path / "other"
+    settings = vars(TrainingConfig(train_data_dir=str(grey), background="black"))
+    (first / "config.json").write_text(json.dumps(settings))
+    evaluate(model, str(grey.parent), timesteps=5)
+    write_card(first)
+    calibrate(model, str(grey.parent), split="test", num_images=7, timesteps=T, output=other)
+    config, _ = prepare(str(other), str(grey.parent), "test", {})
+    assert config.background == "black"
+    assert read_results(other) == read_results(first)
+    assert "# other" in (other / "README.md").read_text()
+    assert "# model" in (first / "README.md").read_text()
+
+
+def test_measuring_leaves_the_callers_accelerator_as_it_is(model, grey):
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    try:
+        evaluate(model, str(grey.parent), timesteps=5)
+        assert accelerator.device.type == "cpu"
+        assert accelerator.mixed_precision == "bf16"
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that nobody writes into")
+def test_a_folder_that_cannot_be_written_is_known_before(model, grey, monkeypatch):
+    monkeypatch.setattr(UNet2DModel, "forward", lambda *_: pytest.fail("it measured"))
+    for verb in (evaluate, calibrate):
+        with pytest.raises(InputError, match="cannot write into /proc/self .*: name another"):
+            verb(model, str(grey.parent), split="test", output="/proc/self", timesteps=T)
+
+
+def test_numbers_that_cannot_be_written_are_told(model, grey, tmp_path):
+    (tmp_path / "model" / ".results.json.partial").mkdir()
+    result = evaluate(model, str(grey.parent), timesteps=5, output=tmp_path / "elsewhere")
+    measured = rf"Measured: {result.bits_per_dim:.4f} bits/dim, standard error "
+    with pytest.raises(InputError, match=measured):
+        evaluate(model, str(grey.parent), timesteps=5)
+
+
 def test_another_scheduler_in_the_folder_is_calibrated_too(tiny_unet, grey, tmp_path):
     scheduler = diffusers.DDIMScheduler.from_config(build_scheduler(ddpm_num_steps=T).config)
     DDPMPipeline(tiny_unet, scheduler).save_pretrained(tmp_path / "ddim")
@@ -350,6 +402,7 @@ def test_deep_images_have_no_bits_per_dim(model, tmp_path):
         (dict(batch_size=0), "batch_size must be a whole number at least 1; got 0"),
         (dict(seed=-1), "seed must be a whole number at least 0; got -1"),
         (dict(strip_timesteps=[50]), r"must be timesteps from 0 to 49; got \[50\]"),
+        (dict(strip_timesteps=[10.5]), r"must be timesteps from 0 to 49; got \[10.5\]"),
         (dict(strip_timesteps=[]), r"must be timesteps from 0 to 49; got \[\]"),
         (dict(split="tset"), "split 'tset' is no sub-folder of .*, but test are"),
         (dict(image_colum="x"), "image_colum is no setting of the images"),
@@ -393,6 +446,7 @@ def test_bad_command_lines(argv, message, capsys, monkeypatch):
     ("options", "message"),
     [
         (dict(timesteps=10), "every timestep needs two images or more, and 7 images at 10 time"),
+        (dict(steps=25), r"steps must be a list of numbers, for example \[10, 25\]; got 25"),
         (dict(steps=[1]), "steps must be a whole number between 2 and 50; got 1"),
         (dict(steps=[10, 51]), "steps must be a whole number between 2 and 50; got 51"),
         (dict(timesteps=51), "timesteps must be a whole number between 2 and 50; got 51"),

@@ -8,6 +8,7 @@ import sys
 import zipfile
 from contextlib import suppress
 
+import diffusers
 import numpy as np
 import pytest
 from PIL import Image
@@ -104,6 +105,23 @@ def test_every_scheduler_word(folder, tmp_path, name):
     images = np.load(tmp_path / "x.npy")
     assert images.std((1, 2)).min() > 0
     assert not np.array_equal(images[0], images[1])
+
+
+@pytest.mark.parametrize("word", ["sigmoid", "laplace"])
+def test_schedules_that_only_ddpm_knows_by_name_are_sampled_by_all(tiny_unet, tmp_path, word):
+    diffusers.DDPMPipeline(
+        tiny_unet, diffusers.DDPMScheduler(beta_schedule=word, timestep_spacing="trailing")
+    ).save_pretrained(tmp_path)
+    pipe = load_pipeline(str(tmp_path), "dpm++")
+    assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    assert pipe(1, num_inference_steps=2, output_type="pt").images.isfinite().all()
+
+
+def test_sampling_to_files_leaves_the_progress_bar_as_it_was(folder, tmp_path):
+    pipe = load_pipeline(str(folder))
+    pipe.set_progress_bar_config(desc="mine")
+    sample_to(tmp_path / "x.npy", pipe, 1, num_inference_steps=1)
+    assert pipe._progress_bar_config == {"desc": "mine"}
 
 
 def test_ddpm_is_ours_also_where_another_was_saved(folder, tmp_path):

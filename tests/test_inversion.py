@@ -122,6 +122,19 @@ def test_an_image_is_denoised_as_of_its_class(pipe):
         assert (made.images.mean() - 0.5).sign() == sign * (1 if WORLD.m > 0 else -1)
 
 
+def test_settings_that_are_changed_later_hold_for_denoise_image_too(pipe):
+    """In x_0_hat of a pixel beyond 1 the clip shows."""
+    y = torch.full((1, 1, 8, 8), 3.0)
+    made = {}
+    for clip in (True, False):
+        pipe.scheduler.register_to_config(clip_sample=clip, clip_sample_range=0.1)
+        generator = torch.Generator().manual_seed(0)
+        options = dict(generator=generator, num_inference_steps=20, output_type="pt")
+        made[clip] = pipe.denoise_image(y, 100.0, **options).images
+    assert made[True].max() <= 0.55 + 1e-6  # 0.1 of [-1, 1]; the last step takes x_0_hat
+    assert made[False].min() > 0.55
+
+
 def test_what_a_broken_network_makes_is_refused(pipe):
     pipe.unet.forward = lambda x_t, t, class_labels=None: UNet2DOutput(sample=x_t * torch.nan)
     for call in (

@@ -1,5 +1,6 @@
 """One denoising loop for every scheduler, image shape and precision."""
 
+import functools
 import inspect
 
 import diffusers
@@ -161,16 +162,16 @@ def test_every_scheduler_lands_on_the_data(tiny_unet, name):
 
 
 @pytest.mark.parametrize("name", [None, "DDIMScheduler", "EulerDiscreteScheduler"])
-def test_x_0_hat_is_the_schedulers_own_where_it_tells(pipe, name):
+def test_x_0_hat_is_the_schedulers_own_where_it_tells(pipe, name, monkeypatch):
     pipe = swap(pipe, name) if name else pipe
-    reported, step = [], pipe.scheduler.step
+    reported, step = [], type(pipe.scheduler).step
 
+    @functools.wraps(step)
     def spy(*arguments, **options):
         reported.append(step(*arguments, **options))
         return reported[-1]
 
-    spy.__signature__ = inspect.signature(step)
-    pipe.scheduler.step = spy
+    monkeypatch.setattr(type(pipe.scheduler), "step", spy)
     ours = [x_0_hat for _, _, x_0_hat in pipe.denoise(2, generator=seeded(), num_inference_steps=6)]
     for x_0_hat, output in zip(ours, reported, strict=True):
         theirs = output.pred_original_sample.clamp(-1, 1)  # Euler does not clip
@@ -246,6 +247,53 @@ def test_a_learned_variance_samples_with_every_scheduler(tiny_unet, name):
     )
     pipe = swap(pipe, name) if name else pipe
     assert pipe(2, seeded(), 4, output_type="pt").images.isfinite().all()
+
+
+def test_another_trainers_classes_are_all_classes(tiny_unet):
+    """Guidance away from the last class would be away from a real one."""
+    pipe = conditional(tiny_unet, diffusers.DDPMScheduler())
+    assert pipe.num_classes == 3
+    assert sample(pipe, class_labels=[0, 2]).isfinite().all()
+    with pytest.raises(InputError, match="trained without a null class, which guidance needs"):
+        sample(pipe, class_labels=0, guidance_scale=2.0)
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDPMParallelScheduler"])
+def test_a_learned_variance_reaches_ddpm_assigned_later(tiny_unet, name):
+    torch.manual_seed(0)
+    learned = diffusers.UNet2DModel.from_config({**tiny_unet.config, "out_channels": 2})
+    config = dict(variance_type="learned_range", timestep_spacing="trailing")
+    pipe = DDPMPipeline(learned, DDPMScheduler(**config))
+    pipe.set_progress_bar_config(disable=True)
+    ours = sample(pipe)
+    pipe.scheduler = getattr(diffusers, name)(**config)
+    theirs = sample(pipe)
+    if name == "DDPMScheduler":
+        assert type(pipe.scheduler) is DDPMScheduler
+        assert torch.equal(ours, theirs)
+    assert theirs.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [None, *SWAPS])
+def test_another_sampling_meanwhile_changes_nothing(pipe, name):
+    """A preview while the steps of a chain are looked at."""
+    pipe = swap(pipe, name) if name else pipe
+    alone = [x_s for _, x_s, _ in pipe.denoise(1, generator=seeded(), num_inference_steps=6)]
+    steps = []
+    for step in pipe.denoise(1, generator=seeded(), num_inference_steps=6):
+        steps.append(step.x_s)
+        if len(steps) == 3:
+            pipe(1, seeded(1), 9)
+    assert len(steps) == len(alone)
+    assert all(map(torch.equal, steps, alone))
+
+
+def test_a_network_that_is_exchanged_loses_the_calibration_of_the_old(pipe, tiny_unet, tmp_path):
+    ones = torch.full((1000,), 0.9, dtype=torch.float64)
+    store(pipe.scheduler, Estimate(ones, ones))
+    pipe.save_pretrained(tmp_path)
+    assert DDPMPipeline.from_pretrained(tmp_path).scheduler.analytic is not None
+    assert DDPMPipeline.from_pretrained(tmp_path, unet=tiny_unet).scheduler.analytic is None
 
 
 def test_a_stock_scheduler_is_upgraded_and_any_other_is_left(tiny_unet):
@@ -386,6 +434,7 @@ def test_guidance_extrapolates_from_the_null_class_through_the_class(tiny_unet, 
     scheduler = DDPMScheduler(
         timestep_spacing="trailing", prediction_type=prediction_type, clip_sample=False
     )
+    scheduler.register_to_config(_ddpm_hf={"format": 1})  # of ours: the last class is the null one
     pipe = conditional(tiny_unet, scheduler)
 
     def first(label, scale):
@@ -402,7 +451,7 @@ def test_guidance_extrapolates_from_the_null_class_through_the_class(tiny_unet, 
 
 
 def test_a_guided_learned_variance_is_that_of_the_class(tiny_unet):
-    scheduler = DDPMScheduler(variance_type="learned_range", timestep_spacing="trailing")
+    scheduler = build_scheduler(variance_type="learned_range")
     pipe = conditional(tiny_unet, scheduler, out_channels=2)
     x_t, t, labels = torch.randn(2, 1, 8, 8), torch.tensor(500), torch.tensor([0, 1])
     with torch.no_grad():

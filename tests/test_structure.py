@@ -42,6 +42,7 @@ ORDER = [
     "multistep",
     "pictures",
     "arguments",
+    "chain",
     "pipeline",
     "optimization",
     "sampling",

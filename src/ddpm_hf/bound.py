@@ -5,9 +5,11 @@ Every process adds up the sums of its images, and the sums are added.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +31,7 @@ from .config import TrainingConfig
 from .data import check_sizes, decode_all
 from .devices import in_turn, on_main, start_processes
 from .errors import InputError, check_choice, check_whole
+from .hub import files_beside
 from .images import ImageSet, to_network
 from .likelihood import BoundSums, Strata, bits_per_dim, noise_for
 from .loading import component_folder
@@ -113,7 +116,11 @@ def calibrate(
     pipe.scheduler.register_to_config(_ddpm_hf=scheduler.extras)
 
     def write() -> None:
-        _save(pipe, folder, in_place=output is None)
+        if output is None:
+            where = component_folder(folder, "scheduler")
+            write_text(where / "scheduler_config.json", pipe.scheduler.to_json_string())
+        else:
+            _save_beside(pipe, Path(pipeline), folder)
         renew_card(folder)
 
     on_main(write)
@@ -180,7 +187,7 @@ def prepare(
         logger="none",
         **columns,
     )
-    processes = start_processes(config)
+    processes = start_processes(config, anew=False)
     pipe = in_turn(processes, partial(load_pipeline, pipeline)).to(processes.device)
     pipe.set_progress_bar_config(disable=True)
     channels, height, width = pipe.image_shape
@@ -276,20 +283,21 @@ def network_of(
 # What is written
 
 
-def _save(pipe: DDPMPipeline, folder: Path, *, in_place: bool) -> None:
-    """Write the scheduler's configuration alone, in one piece, or the whole pipeline."""
-    if in_place:
-        where = component_folder(folder, "scheduler")
-        write_text(where / "scheduler_config.json", pipe.scheduler.to_json_string())
-    else:
-        pipe.save_pretrained(folder)
+def _save_beside(pipe: DDPMPipeline, origin: Path, folder: Path) -> None:
+    """Save a pipeline into another folder, with what is known of it where it was loaded from."""
+    if origin.is_dir() and origin.resolve() != folder.resolve():
+        for path in [*files_beside(origin), *origin.glob("README.md")]:
+            target = folder / path.relative_to(origin)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+    pipe.save_pretrained(folder)
 
 
 def output_folder(pipeline: str, output: str | Path | None) -> Path | None:
     """Where to write: `output`, or the pipeline's own folder, or nowhere for one of the Hub.
 
     Raises:
-        InputError: `output` is a file, or another pipeline's folder.
+        InputError: `output` is a file, or another pipeline's folder, or nothing can be written.
     """
     if output is not None and Path(output).is_file():
         raise InputError(f"output {output} is a file: name a folder")
@@ -298,8 +306,16 @@ def output_folder(pipeline: str, output: str | Path | None) -> Path | None:
         raise InputError(f"output {output} holds another pipeline: name another folder")
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
-        return Path(output)
-    return Path(pipeline) if Path(pipeline).is_dir() else None
+    elif not Path(pipeline).is_dir():
+        return None
+    folder = Path(pipeline if output is None else output)
+    try:
+        with TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise InputError(
+            f"cannot write into {folder} ({error.strerror}): name another folder as output"
+        ) from error
 
 
 def split_name(config: TrainingConfig, asked: str | None) -> str:

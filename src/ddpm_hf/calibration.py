@@ -9,7 +9,7 @@ the optimal covariance with imperfect mean"). Both are measured and stored with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -135,6 +135,8 @@ def optimal_timesteps(costs: Tensor, steps: Sequence[int]) -> dict[int, list[int
 
 def check_steps(steps: Sequence[int], num_timesteps: int) -> None:
     """Raise InputError for a number of steps that no sub-chain from T - 1 down to 0 has."""
+    if not isinstance(steps, Iterable):
+        raise InputError(f"steps must be a list of numbers, for example [10, 25]; got {steps!r}")
     for count in steps:
         check_whole("steps", count, 2, num_timesteps)
 

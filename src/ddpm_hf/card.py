@@ -127,7 +127,7 @@ def render_card(
         channels=unet.get("in_channels", 3),
         conditional=unet.get("num_class_embeds") is not None,
         class_names=extras.get("class_names", []),
-        null_class=extras.get("null_class", True),
+        null_class=extras.get("null_class", bool(extras)),
         process=process,
         schedule=schedule_name(process, extras),
         timesteps=timesteps,

@@ -23,8 +23,13 @@ PATIENCE = timedelta(hours=2)
 """How long processes wait for one that decodes images, samples, or writes."""
 
 
-def start_processes(config: TrainingConfig) -> PartialState:
+def start_processes(config: TrainingConfig, *, anew: bool = True) -> PartialState:
     """Let the processes of this run meet, on the CPU where there is no other device.
+
+    Args:
+        config: Settings of the run.
+        anew: Whatever `Accelerator` there is: a notebook may train twice, in different precisions.
+            Without it they meet as they have met already.
 
     Raises:
         InputError: a logger that is not installed, or an engine, compiler or number of processes
@@ -44,7 +49,8 @@ def start_processes(config: TrainingConfig) -> PartialState:
             f"the launcher asks for torch dynamo ({backend}): leave that out; training has "
             "--compile yes"
         )
-    AcceleratorState._reset_state(True)  # a notebook may train twice, in different precisions
+    if anew:
+        AcceleratorState._reset_state(True)
     on_cpu = _is_on("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     _check_processes(state.num_processes)

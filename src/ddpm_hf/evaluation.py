@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -133,10 +134,16 @@ def evaluate(
         about = _about(pipe, config, result, strata, seed, fit)
         about["split"] = split_name(config, split)
         step = None if trained is None else trained.step
-        _write(folder, result, about, step, len(pipe.process.beta))
-        _write_reconstructions(folder / "reconstructions.png", pipe, images, shown, seed)
-        _write_shared_latents(folder / "shared_latents.png", pipe, images, seed)
-        renew_card(folder)
+        try:
+            _write(folder, result, about, step, len(pipe.process.beta))
+            _write_reconstructions(folder / "reconstructions.png", pipe, images, shown, seed)
+            _write_shared_latents(folder / "shared_latents.png", pipe, images, seed)
+            renew_card(folder)
+        except OSError as error:
+            raise InputError(
+                f"cannot write into {folder}: {error}. Measured: {result.bits_per_dim:.4f} "
+                f"bits/dim, standard error {result.standard_error:.4f}, rate {result.rate_bpd:.4f}"
+            ) from error
 
     if folder:
         on_main(write)
@@ -147,7 +154,8 @@ def _strip_timesteps(num_timesteps: int, wanted: Sequence[int] | None) -> list[i
     """The timesteps of the reconstructions, as asked for or by STRIP_TIMES, descending."""
     if wanted is None:
         return [round(share * (num_timesteps - 1)) for share in STRIP_TIMES]
-    if not wanted or not all(0 <= t < num_timesteps for t in wanted):
+    whole = all(isinstance(t, Integral) for t in wanted)
+    if not wanted or not whole or not all(0 <= t < num_timesteps for t in wanted):
         raise InputError(
             f"strip_timesteps must be timesteps from 0 to {num_timesteps - 1}; got {list(wanted)}"
         )

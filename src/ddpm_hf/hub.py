@@ -182,6 +182,11 @@ def files_to_push(folder: Path) -> list[Path]:
     return [*files, card] if is_own(card) else files
 
 
+def files_beside(folder: Path) -> list[Path]:
+    """What a push takes beside the components: recipe, results, pictures, a person's card."""
+    return [path for path in files_to_push(folder) if path.parent.name not in ("unet", "scheduler")]
+
+
 def origin_files(
     name: str | None, token: str | None = None, revision: str | None = None
 ) -> Path | None:

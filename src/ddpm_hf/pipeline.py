@@ -1,5 +1,6 @@
 """DDPMPipeline: one denoising loop for every diffusers scheduler."""
 
+import copy
 import errno
 import inspect
 import shutil
@@ -27,10 +28,12 @@ from .arguments import (
     check_variance,
     class_numbers,
 )
+from .calibration import forget
+from .chain import set_chain
 from .checkpoint import write_text
 from .errors import InputError, check_whole
 from .functional import like, mix_seed
-from .hub import CONFIGURATIONS, files_to_push, origin_files, push_to_hub, without_path
+from .hub import CONFIGURATIONS, files_beside, origin_files, push_to_hub, without_path
 from .inversion import (
     Images,
     cut_off,
@@ -49,10 +52,9 @@ from .uploads import freeze
 
 logger = logging.get_logger(__name__)
 
-MOST_SIGNAL = 0.05
-"""sqrt(alpha_bar) up to which an image counts as pure noise, which sampling starts from: linear
-from timestep 769 of 1,000, cosine from 967.
-"""
+
+KNOWS_VARIANCE = diffusers.DDPMParallelScheduler
+"""A scheduler of diffusers that reads a learned variance, of images of any channels."""
 
 
 def seeded_generators(seed: int, numbers: Iterable[int]) -> list[torch.Generator]:
@@ -128,7 +130,9 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             _name_or_path=str(Path(name).absolute()) if Path(name).is_dir() else name
         )
         pipe._revision = kwargs.get("revision")
-        if "unet" not in kwargs:
+        if "unet" in kwargs:
+            forget(pipe.scheduler)
+        else:
             pipe.unet._loaded_from = pipe.name_or_path, pipe._revision
         return pipe
 
@@ -202,8 +206,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             if getattr(self.unet, "_loaded_from", None) == place:
                 origin = origin_files(self.name_or_path, token, self._revision)
             if origin is not None:
-                beside = files_to_push(origin)
-                beside = [path for path in beside if path.parent.name not in ("unet", "scheduler")]
+                beside = files_beside(origin)
                 if repo_id == self.name_or_path:  # the card there may be newer
                     beside = [path for path in beside if path.name != "README.md"]
                 freeze(origin, beside, Path(folder))
@@ -222,9 +225,10 @@ class DDPMPipeline(diffusers.DDPMPipeline):
     def num_classes(self) -> int:
         """Classes of a class-conditional network, the null class not counted; else 0.
 
-        Networks of other trainers, as `convert` makes them, have no null class.
+        Networks of other trainers have no null class.
         """
-        null = self.scheduler.config.get("_ddpm_hf", {}).get("null_class", True)
+        extras = self.scheduler.config.get("_ddpm_hf", {})
+        null = extras.get("null_class", bool(extras))
         return (self.unet.config.num_class_embeds or int(null)) - int(null)
 
     @torch.no_grad()
@@ -323,6 +327,8 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             InputError: batch_size < 1, num_inference_steps out of range, a list of generators of
                 another length; classes, latents, eta, analytic or solver_order that do not fit.
         """
+        if type(self.scheduler) is diffusers.DDPMScheduler:
+            self.scheduler = DDPMScheduler.from_config(self.scheduler.config)
         check_whole("batch_size", batch_size)
         check_generators(generator, "batch_size", batch_size)
         check_variance(self.scheduler, eta, analytic, solver_order)
@@ -335,23 +341,29 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         calibrated = ours and self.scheduler.analytic is not None
         optimal = calibrated and ancestral if analytic is None else analytic
         # Optimal timesteps are so for the optimal variance, a step by one prediction.
-        self._set_timesteps(
+        set_chain(
+            self.scheduler,
+            self.process,
             num_inference_steps,
             device,
-            by_type=ancestral and not optimal,
             optimal=bool(optimal) and solver_order == 1,
+            whole=self.unet.config.time_embedding_type == "learned",
         )
+        if ancestral and not optimal:
+            self._warn_of_large_variance(num_inference_steps)
+        # Of this chain alone: the pipeline may sample another while this one is stepped through.
+        scheduler = copy.copy(self.scheduler)
         x_t = (
             self._draw(shape, generator, device) if latents is None else latents.float().to(device)
         )
-        x_t = x_t * float(self.scheduler.init_noise_sigma)
+        x_t = x_t * float(scheduler.init_noise_sigma)
         solver = None
         if solver_order == 2:
-            fewer = calibrated and len(self.scheduler.timesteps) < len(self.scheduler.beta)
+            fewer = calibrated and num_inference_steps < len(scheduler.beta)
             noisy = fewer if analytic is None else analytic
-            solver = SecondOrder(self.scheduler, analytic=noisy)
+            solver = SecondOrder(scheduler, analytic=noisy)
         yield from self._reverse(
-            self.scheduler,
+            scheduler,
             x_t,
             generator,
             labels,
@@ -386,7 +398,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
                 x_t, _ = process.reverse_step(output, x_t, t, generator, **asked)
             else:
                 # diffusers' own schedulers know no learned variance, or one of RGB images only.
-                if process is not scheduler:
+                if process is not scheduler and not isinstance(scheduler, KNOWS_VARIANCE):
                     output, _ = process.split_output(output, x_t.shape[1])
                 x_t = scheduler.step(output, t, x_t, **options).prev_sample
             yield DenoisingStep(t.item(), x_t, x_0_hat)
@@ -509,7 +521,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         if t is None:
             one = labels if labels is None else labels[:1]
             t = estimate_timestep(self._predictor(one), process, y)
-        scheduler = DDPMScheduler.from_config(process.config)
+        scheduler = copy.copy(process)
         steps = max(1, round(num_inference_steps * (t + 1) / len(process.beta)))
         timesteps = torch.linspace(t, 0, steps).round().long().unique().flip(0)
         scheduler.set_timesteps(timesteps=timesteps.tolist())
@@ -604,10 +616,21 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         if isinstance(self.scheduler, DDPMScheduler):
             return self.scheduler
         config = dict(self.scheduler.config)
-        config["variance_type"] = (
-            config.get("variance_type") or "fixed_small"
-        )  # DPM-Solver's default is None
+        config.pop("_use_default_values", None)  # a default of theirs is no default of ours
+        # DPM-Solver's default is None.
+        config["variance_type"] = config.get("variance_type") or "fixed_small"
         return DDPMScheduler.from_config(config)
+
+    def _warn_of_large_variance(self, num_inference_steps: int) -> None:
+        """Warn where each step would add the noise of the whole way to the next timestep."""
+        trained = self.scheduler.config.num_train_timesteps
+        large = self.scheduler.config.variance_type.startswith("fixed_large")
+        if large and num_inference_steps < trained:
+            logger.warning(
+                f"variance_type='fixed_large' is for all {trained} steps; with fewer, as now, "
+                "the samples will be noisy. Use DDIM or another solver, or pipe.scheduler = "
+                "DDPMScheduler.from_config(pipe.scheduler.config, variance_type='fixed_small')"
+            )
 
     def _draw(self, shape: tuple[int, ...], generator, device: torch.device) -> Tensor:
         """Standard normal float32 noise; without a generator MPS takes the CPU's, as stock does."""
@@ -615,55 +638,6 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         on_cpu = device.type == "mps" and first is None
         where = torch.device("cpu") if on_cpu else device
         return randn_tensor(shape, generator, where, torch.float32).to(device)
-
-    def _set_timesteps(
-        self, num_inference_steps: int, device: torch.device, *, by_type: bool, optimal: bool
-    ) -> None:
-        """Set the timesteps; warn where they start well below the noise that sampling starts at.
-
-        by_type: The variance of each step is what `variance_type` says.
-        optimal: Take the optimal timesteps, where they are stored for that many.
-        """
-        config = self.scheduler.config
-        trained = config.num_train_timesteps
-        check_whole("num_inference_steps", num_inference_steps, 1, trained)
-        if isinstance(self.scheduler, diffusers.PNDMScheduler) and num_inference_steps < 4:
-            raise InputError(f"PNDM needs num_inference_steps >= 4; got {num_inference_steps}")
-        if isinstance(self.scheduler, diffusers.PNDMScheduler) and (
-            config.prediction_type not in ("epsilon", "v_prediction")
-        ):
-            raise InputError(
-                "PNDM needs a network that predicts epsilon or v; this one's prediction_type is "
-                f"{config.prediction_type!r}: use DDIM or another solver"
-            )
-        if isinstance(self.scheduler, DDPMScheduler) and not optimal:
-            self.scheduler.set_even_timesteps(num_inference_steps, device)
-        else:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-        fractional = self.scheduler.timesteps.is_floating_point()
-        if fractional and self.unet.config.time_embedding_type == "learned":
-            raise InputError(
-                f"{type(self.scheduler).__name__} steps between timesteps, and this network knows "
-                "whole ones only: use DDPM, DDIM, DPM-Solver++, UniPC or PNDM"
-            )
-        first, signal = float(self.scheduler.timesteps[0]), 0.0
-        if config.get("timestep_spacing") == "leading":
-            signal = float(self.process.alpha_bar_at(first).sqrt())
-        if signal > MOST_SIGNAL:
-            logger.warning(
-                f"timestep_spacing='leading' starts {num_inference_steps} steps at timestep "
-                f"{first:g} of {trained}, where an image is not yet pure noise: {signal:.0%} of it "
-                "is left, and the samples will be poor. Use 'trailing': pipe.scheduler = "
-                "type(pipe.scheduler).from_config(pipe.scheduler.config, "
-                "timestep_spacing='trailing')"
-            )
-        large = str(config.get("variance_type")).startswith("fixed_large")
-        if by_type and large and num_inference_steps < trained:
-            logger.warning(
-                f"variance_type='fixed_large' is for all {trained} steps; with fewer, as now, "
-                "the samples will be noisy. Use DDIM or another solver, or pipe.scheduler = "
-                "DDPMScheduler.from_config(pipe.scheduler.config, variance_type='fixed_small')"
-            )
 
 
 def _check_finite(images: Tensor) -> None:

@@ -46,9 +46,10 @@ def load_pipeline(repo_or_folder: str, scheduler: str | None = None) -> DDPMPipe
     if scheduler == "ddpm" and not isinstance(pipe.scheduler, DDPMScheduler):
         pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     elif scheduler not in (None, "ddpm"):
-        pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(
-            pipe.scheduler.config
-        )
+        config = dict(pipe.scheduler.config)
+        if config.get("beta_schedule") in ("sigmoid", "laplace"):  # words of DDPM's scheduler only
+            config["trained_betas"] = pipe.process.beta.tolist()
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(config)
     if torch.cuda.is_available():
         return pipe.to("cuda")
     return pipe.to("mps") if torch.backends.mps.is_available() else pipe
@@ -132,8 +133,10 @@ def sample_to(
     shape = (num_images, height, width) if channels == 1 else (num_images, height, width, channels)
     writer = None
     shown: list[Image.Image] = []
+    its_bar = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
     with tqdm(total=num_images, unit="image", desc="Sampling") as bar, ExitStack() as unfinished:
+        unfinished.callback(pipe.set_progress_bar_config, **its_bar)
         for images in sample_batches(
             pipe,
             num_images,

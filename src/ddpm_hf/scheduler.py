@@ -588,7 +588,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         # counts; with steps_offset its first one may not exist.
         self.timesteps = self.timesteps[: num_inference_steps or len(timesteps)]
         if int(self.timesteps[0]) >= self.config.num_train_timesteps:
-            raise ValueError(
+            raise InputError(
                 f"steps_offset={self.config.steps_offset} leads to timestep "
                 f"{int(self.timesteps[0])} of {self.config.num_train_timesteps}; use fewer steps"
             )
