@@ -6,7 +6,7 @@ BIN := .venv/bin
 .PHONY: train test lint clean
 
 train: .venv/installed
-	$(BIN)/accelerate launch train_accelerate.py
+	$(BIN)/python train_accelerate.py
 
 test: .venv/installed
 	$(BIN)/pytest $(if $(CI),,-m "not slow")
@@ -18,6 +18,7 @@ lint: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
+	@echo Installing, some minutes
 	$(BIN)/pip install --quiet -e ".[dev]" -c constraints.txt
 	touch $@
 

@@ -111,7 +111,7 @@ def schedules(path: Path) -> None:
 
 def parametrisations(path: Path) -> None:
     """How an error of the network's output becomes one of x_0_hat, by what it predicts."""
-    figure, panels = new_axes(2, xlabel="t", ylabel="error of x_0_hat by that of output")
+    figure, panels = new_axes(2, xlabel="t", ylabel="error of x_0_hat / error of the output")
     for axes, name in zip(panels, ("linear", "cosine"), strict=True):
         t = torch.arange(1000)
         for kind in ("epsilon", "v_prediction", "sample"):
@@ -180,7 +180,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def bound(folder: Path, pipe: DDPMPipeline, count: int, timesteps: int) -> None:
-    """Eqs. (5), (14), Fig. 5, 6: errors and terms of the bound by t, and rate and distortion."""
+    """Eqs. (5), (14), Fig. 5: errors and terms of the bound by t, and rate and distortion."""
     x_0 = garments(count)
     scheduler, positions = pipe.process, np.arange(count)
     strata = Strata.split(len(scheduler.beta), timesteps, power=2)
@@ -199,7 +199,7 @@ def bound(folder: Path, pipe: DDPMPipeline, count: int, timesteps: int) -> None:
     errors.set(ylabel="mean squared error")
     errors.legend()
     terms.plot(t, measured.vb_bpd.mean(0)[1:])
-    terms.set(ylabel="L_(t-1), bits/dim", xscale="log")
+    terms.set(ylabel="term of the bound, bits/dim", xscale="log")
     figure.savefig(folder / "loss.png", dpi=110)
     sums = BoundSums.zeros(len(scheduler.beta))
     sums.add(measured)
@@ -208,7 +208,7 @@ def bound(folder: Path, pipe: DDPMPipeline, count: int, timesteps: int) -> None:
 
 
 def reconstructions(path: Path, pipe: DDPMPipeline) -> None:
-    """Fig. 6: x_0_hat from x_t, for the noise of ever smaller t."""
+    """Like Fig. 6, of real images: x_0_hat from x_t, for the noise of ever smaller t."""
     x_0 = garments(4)
     last = len(pipe.process.beta) - 1
     times = [round(share * last) for share in (1.0, 0.9, 0.75, 0.6, 0.45, 0.3, 0.15, 0.05)]

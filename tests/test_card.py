@@ -1,7 +1,7 @@
 """The model card: the whole of it, what it escapes, and whose text it leaves alone."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import diffusers
@@ -15,7 +15,7 @@ from ddpm_hf.config import TrainingConfig
 from ddpm_hf.errors import InputError
 from ddpm_hf.hub import files_to_push
 from ddpm_hf.presets import build_scheduler, unet_config
-from ddpm_hf.results import Result, TrainingRecord, add_results, write_record
+from ddpm_hf.results import Result, TrainingRecord, add_results, read_record, write_record
 from ddpm_hf.scheduler import DDPMScheduler
 
 from .conftest import REPOSITORY
@@ -303,3 +303,16 @@ def test_a_damaged_scheduler_is_one_clear_line(tmp_path, change):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match="cannot read the scheduler of"):
         render_card(folder)
+
+
+def test_numbers_are_told_as_they_are(tmp_path):
+    """A long time in hours, an error only where there is one, a weighted loss as such."""
+    folder = make_folder(tmp_path / "m", snr_gamma=5.0)
+    record = read_record(folder)
+    write_record(folder, replace(record, seconds=3 * 3600.0))
+    row = dict(dataset="d", split="test", num_images=1, seed=0, protocol="p", **MADE_BY)
+    add_results(folder, [Result("fd", 3.2, "FD", **row)])
+    text = render_card(folder)
+    assert "| time | 3.0 hours |" in text
+    assert "±" not in text
+    assert "The training loss is weighted." in text

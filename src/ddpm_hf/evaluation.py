@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 STRIP_IMAGES = 8
 STRIP_TIMES = (1.0, 0.9, 0.75, 0.6, 0.45, 0.3, 0.15, 0.05, 0.0)
-"""Timesteps, in shares of T, whose x_0_hat the strips show (Fig. 6)."""
+"""Timesteps, in shares of T, whose x_0_hat the strips show."""
 
 SHARED_IMAGES, SHARED_SAMPLES, SHARED_STEPS, SHARED_TIMES = 2, 3, 25, (0.9, 0.75, 0.5, 0.25)
 """Of the picture after Fig. 7: images, samples of each, steps from pure noise, and the timesteps
@@ -275,7 +275,7 @@ def _strip_images(
 def _write_reconstructions(
     path: Path, pipe: DDPMPipeline, images: ImageSet, timesteps: list[int], seed: int
 ) -> None:
-    """Fig. 6: a row an image, x_0_hat from x_t with ever less noise, and the image itself."""
+    """Like Fig. 6, of real images: x_0_hat from x_t with ever less noise, and the image."""
     x_0, positions, labels = _strip_images(pipe, images, STRIP_IMAGES)
     times = [torch.full((len(x_0),), t) for t in timesteps]
     noise = noise_for(seed, positions, x_0.shape[1:])

@@ -495,7 +495,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         clip: bool = True,
         analytic: bool = False,
     ) -> ReverseStep:
-        """Song et al. 2021 (DDIM), eq. (12): p(x_s | x_t) with eta**2 times beta-tilde's variance.
+        """Song et al. 2021 (DDIM), eqs. (12), (16): p(x_s | x_t), of eta**2 times beta-tilde.
 
         eta = 0 is deterministic, a log-variance of -inf, and eta = 1 is `p_step` with fixed_small.
         The noise is derived again from the clipped x_0_hat, as in OpenAI's code, so that the two
