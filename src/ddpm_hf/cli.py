@@ -193,8 +193,8 @@ def calibrate_command(argv: list[str]) -> Any:
         )
         for count, chain in result.timesteps.items():
             print(
-                f"{count} steps with that variance now take the timesteps optimal for the bound (on "
-                "Fashion-MNIST even ones looked better); in plain diffusers by these lines:"
+                f"{count} steps with that variance now take the timesteps optimal for the bound "
+                "(on Fashion-MNIST even ones looked better); in plain diffusers by these lines:"
             )
             print(stock_timesteps(chain))
         where = component_folder(result.output_dir, "scheduler") / "scheduler_config.json"
