@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,16 @@ def save_snapshots(run: Run, step: int) -> None:
         if run.accelerator.is_main_process:
             with run.log.spared(f"the snapshot of step {step} could not be saved"):
                 save_snapshot(run.directory, average, tensors)
+
+
+@contextmanager
+def last_pushes(run: Run) -> Iterator[None]:
+    """Wait a while for the pushes of a run that fails, as `stop` does."""
+    try:
+        yield
+    except (InputError, TrainingError):
+        finish_pushes(run, STOP_WAIT)
+        raise
 
 
 def stop(run: Run, reason: str, step: int) -> None:
