@@ -132,7 +132,9 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_75(job, quick_settings,
     check_saved_and_exact(quick_settings | settings, output)
 
 
-def test_a_signal_while_samples_are_drawn_leaves_the_grid_out(quick_settings, monkeypatch):
+def test_a_signal_while_samples_are_drawn_leaves_the_grid_to_the_next_start(
+    quick_settings, monkeypatch
+):
     settings = quick_settings | dict(save_images_steps=2, max_train_steps=3, checkpointing_steps=50)
     from ddpm_hf.pipeline import DDPMPipeline
 
@@ -148,9 +150,11 @@ def test_a_signal_while_samples_are_drawn_leaves_the_grid_out(quick_settings, mo
         train(config)
     assert stopped.value.code == EXIT_STOPPED
     assert [path.name for path in list_checkpoints(config.run_dir)] == ["checkpoint-2"]
-    assert not (config.run_dir / "samples" / "step-2.png").exists()
+    grid = config.run_dir / "samples" / "step-2.png"
+    assert not grid.exists()
     monkeypatch.undo()
     assert train(config).step == 3
+    assert grid.exists()
 
 
 @pytest.mark.parametrize(

@@ -921,6 +921,56 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("until", ["save_samples", "save_pipeline"])
+def test_what_a_stop_after_a_checkpoint_left_out_is_made_on_going_on(
+    quick_settings, tmp_path, monkeypatch, until
+):
+    """Killed between the checkpoint of step 4, where an epoch ends, and the files of that step."""
+    settings = quick_settings | dict(
+        train_batch_size=12, max_train_steps=6, save_images_epochs=1, save_model_epochs=1
+    )
+    whole = run(settings, output_dir=str(tmp_path / "whole")).output_dir
+    with monkeypatch.context() as patch:
+        patch.setattr(f"ddpm_hf.training.{until}", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    out = tmp_path / "run"
+    grid = "samples/step-4.png"
+    assert (out / grid).exists() == (until == "save_pipeline")
+    assert not (out / "model_index.json").exists()
+    if until == "save_pipeline":  # what is there is not sampled again
+        monkeypatch.setattr("ddpm_hf.outputs.save_samples", pytest.fail)
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainingConfig(**settings), interrupt)  # in step 5
+    assert (out / grid).read_bytes() == (whole / grid).read_bytes()
+    assert read_record(out).step == 4
+    saved = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert equal(saved, weights(out, "ema"))
+
+
+def test_what_is_there_already_is_not_made_again_on_going_on(quick_settings, monkeypatch):
+    """A kill after all files of step 4; and a run that was finished there gets more steps."""
+    settings = quick_settings | dict(
+        train_batch_size=12, save_images_epochs=1, save_model_epochs=1, max_train_steps=6
+    )
+    calls = 0
+
+    def killed(*arguments):
+        nonlocal calls
+        calls += 1
+        return interrupt() if calls > 4 else simple_loss(*arguments)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainingConfig(**settings), killed)
+    finished = settings | dict(output_dir=settings["output_dir"] + "2")
+    run(finished, max_train_steps=4)
+    monkeypatch.setattr("ddpm_hf.outputs.save_samples", pytest.fail)
+    monkeypatch.setattr("ddpm_hf.outputs.save_pipeline", pytest.fail)
+    for again in (settings, finished):
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainingConfig(**again), interrupt)
+
+
 def test_more_steps_change_the_rate_of_the_next_step(quick_settings):
     linear = dict(lr_scheduler="linear", use_ema=False)
     run(quick_settings, max_train_steps=4, **linear)
