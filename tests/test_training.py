@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline, TrainingConfig, train
-from ddpm_hf.card import write_card
+from ddpm_hf.card import public_settings, write_card
 from ddpm_hf.checkpoint import (
     EVALUATED,
     LOCK,
@@ -30,8 +30,10 @@ from ddpm_hf.checkpoint import (
     list_checkpoints,
     lock_folder,
     read_metrics,
+    read_settings,
     unlock_folder,
 )
+from ddpm_hf.config import OF_THIS_MACHINE
 from ddpm_hf.data import ImageStream, load_images
 from ddpm_hf.devices import BatchPlan, available_cores
 from ddpm_hf.ema import Average, list_snapshots
@@ -969,6 +971,25 @@ def test_what_is_there_already_is_not_made_again_on_going_on(quick_settings, mon
     for again in (settings, finished):
         with pytest.raises(KeyboardInterrupt):
             train(TrainingConfig(**again), interrupt)
+
+
+def test_the_settings_of_a_run_are_a_recipe(quick_settings, tmp_path):
+    """Also as they are pushed; what concerned that run and machine alone is not taken over."""
+    changes = dict(
+        overwrite_output_dir=True, hub_model_id="org/x", data_on_device="no", max_train_steps=1,
+        dropout=0.1, snr_gamma=2.0, seed=3,
+    )  # fmt: skip
+    out = run(quick_settings, **changes).output_dir
+    of_run = read_settings(out)
+    (tmp_path / "pushed.json").write_text(json.dumps(public_settings(of_run)))
+    default = asdict(TrainingConfig())
+    taken = {name: of_run[name] for name in default.keys() - set(OF_THIS_MACHINE)}
+    for recipe in (str(out / "config.json"), str(tmp_path / "pushed.json")):
+        again = TrainingConfig.from_recipe(recipe)
+        assert asdict(again) == default | taken | {"recipe": recipe}
+        assert again.run_dir != out
+    again = TrainingConfig.from_recipe(recipe, output_dir=str(tmp_path / "again"))
+    assert equal(weights(train(again).output_dir), weights(out))
 
 
 def test_more_steps_change_the_rate_of_the_next_step(quick_settings):
