@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from filelock import FileLock, Timeout
 from PIL import Image
@@ -597,6 +598,20 @@ def test_a_network_from_a_configuration(quick_settings, tiny_unet, tmp_path):
         run(quick_settings)
 
 
+def test_a_chain_longer_than_the_rows_of_a_learned_embedding_is_refused(quick_settings, tmp_path):
+    UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4,
+        block_out_channels=(16, 16), down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2, time_embedding_type="learned", num_train_timesteps=30,
+    ).save_config(tmp_path / "unet")  # fmt: skip
+    settings = quick_settings | dict(model_config_name_or_path=str(tmp_path / "unet"))
+    message = "ddpm_num_steps must be at most 30, the rows of the learned time embedding of .*unet"
+    with pytest.raises(InputError, match=f"{message}'; got 31$"):
+        run(settings, ddpm_num_steps=31)
+    assert not (tmp_path / "run").exists()
+    assert run(settings, ddpm_num_steps=30, max_train_steps=1).step == 1
+
+
 def test_snapshots_become_an_average_of_another_length(quick_settings, tmp_path):
     from ddpm_hf.cli import main
 
@@ -988,7 +1003,7 @@ def test_the_settings_of_a_run_are_a_recipe(quick_settings, tmp_path):
         again = TrainingConfig.from_recipe(recipe)
         assert asdict(again) == default | taken | {"recipe": recipe}
         assert again.run_dir != out
-    again = TrainingConfig.from_recipe(recipe, output_dir=str(tmp_path / "again"))
+    again = TrainingConfig.from_recipe(recipe, output_dir=str(tmp_path / "again"), cpu_threads="1")
     assert equal(weights(train(again).output_dir), weights(out))
 
 
