@@ -29,9 +29,11 @@ from ddpm_hf.checkpoint import (
     LOCK,
     METRICS,
     list_checkpoints,
+    load_checkpoint,
     lock_folder,
     read_metrics,
     read_settings,
+    save_checkpoint,
     unlock_folder,
 )
 from ddpm_hf.config import OF_THIS_MACHINE
@@ -136,6 +138,50 @@ def test_a_stopped_run_goes_on_bit_for_bit(quick_settings, tmp_path, optimizer, 
         for d in (whole, stopped.run_dir)
     ]
     assert logged[0] == logged[1]
+
+
+def test_a_stop_between_two_logs_changes_no_loss(quick_settings, tmp_path):
+    """Logged at steps 3, 6 and 7; stopped after 4, and after 5, inside the same window."""
+    settings = quick_settings | dict(
+        logging_steps=3, checkpointing_steps=1, max_train_steps=7, lr_scheduler="constant"
+    )
+
+    def killed_in(step):
+        calls = 0
+
+        def loss(*arguments):
+            nonlocal calls
+            calls += 1
+            return interrupt() if calls == step else simple_loss(*arguments)
+
+        return loss
+
+    whole = tmp_path / "whole"
+    train(TrainingConfig(**settings | dict(output_dir=str(whole))), simple_loss)
+    for step in (5, 2):
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainingConfig(**settings), killed_in(step))
+    out = train(TrainingConfig(**settings), simple_loss).output_dir
+    timed = {"train_seconds", "energy_kwh", "images_per_second"}
+    rows = [
+        [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(d / METRICS)]
+        for d in (whole, out)
+    ]
+    assert rows[0] == rows[1]
+    assert [(row["step"], row["loss_images"]) for row in rows[0]] == [(3, 12), (6, 12), (7, 4)]
+
+
+def test_a_checkpoint_of_before_losses_were_in_it_is_gone_on_from(quick_settings):
+    settings = quick_settings | dict(logging_steps=3, lr_scheduler="constant")
+    out = run(settings, max_train_steps=2).output_dir
+    folder = out / "checkpoint-2"
+    checkpoint = load_checkpoint(folder)
+    del checkpoint.tensors["losses"], checkpoint.state["logged_step"]
+    save_checkpoint(out, *checkpoint)
+    assert not (folder / "losses.safetensors").exists()
+    run(settings, max_train_steps=5)
+    rows = [(row["step"], row["loss_images"]) for row in read_metrics(out / METRICS)]
+    assert rows == [(2, 8), (3, 4), (5, 8)]
 
 
 def test_a_finished_run_says_so_and_changes_nothing(quick_settings, capsys):

@@ -183,6 +183,9 @@ def restore(run: Run, checkpoint: Checkpoint) -> int:
     if run.accelerator.scaler is not None and "scaler" in checkpoint.state:
         run.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
     run.stream.load_state(checkpoint.state["stream"])
+    run.log.logged_step = checkpoint.state.get("logged_step", checkpoint.step)
+    if "losses" in checkpoint.tensors:  # older ones have none
+        run.log.window.load(checkpoint.tensors["losses"]["since_log"], run.accelerator)
     run.guard = UpdateGuard(run.accelerator.device, checkpoint.state["skipped_updates"])
     run.saved_step = checkpoint.step
     run.accelerator.print(
@@ -198,6 +201,7 @@ def state_of(run: Run, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[st
     Every process has to ask.
     """
     stream = merge_states(gather_object([run.stream.state(step)]))
+    losses = run.log.window.state(run.accelerator)
     if not run.saves:
         return {}, {}
     unet = run.accelerator.unwrap_model(run.unet)
@@ -207,6 +211,7 @@ def state_of(run: Run, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[st
         group: {name: whole(tensor.detach()).cpu() for name, tensor in named.items()}
         for group, named in {"unet": dict(unet.named_parameters()), "optimizer": optimizer}.items()
     }
+    tensors["losses"] = {"since_log": losses}
     tensors |= {name: average.named_tensors() for name, average in run.averages.items()}
     if run.timestep_history:
         tensors["timestep_history"] = run.timestep_history.state_dict()
@@ -215,6 +220,7 @@ def state_of(run: Run, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[st
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "ema_steps": {name: a.optimization_step for name, a in run.averages.items()},
         "skipped_updates": int(run.guard.skipped),
+        "logged_step": run.log.logged_step,
         "stream": stream,
     }
     if run.accelerator.scaler is not None:
