@@ -375,6 +375,10 @@ def test_a_recipe_says_what_it_does_not_understand(tmp_path):
         ),
         ("--dataset_config_name a", "--dataset_config_name: without effect, a folder or a file"),
         (
+            "--train_batch_size 65 --global_batch_size 64",
+            "--train_batch_size: without effect, beyond the 64 images of --global_batch_size",
+        ),
+        (
             "--gradient_accumulation_steps 4 --global_batch_size 64",
             "--gradient_accumulation_steps: without effect, it follows from the global batch of 64",
         ),
@@ -407,6 +411,8 @@ def test_the_recipes_batch_wins_over_the_accumulation_and_that_is_said():
     assert command.explain(config) == [
         "--gradient_accumulation_steps: without effect, it follows from the global batch of 128"
     ]
+    config, command = parse_command(["--recipe", "cifar10", "--train_batch_size", "128"])
+    assert command.explain(config) == []
 
 
 @pytest.mark.parametrize("name", ["train_data_dir", "dataset_name", "output_dir", "split"])

@@ -42,6 +42,20 @@ def test_a_window_means_over_images_and_by_timestep():
     assert math.isnan(window.read(Accelerator(cpu=True))[0])  # a new window
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_window_goes_on_on_any_number_of_processes(count):
+    """What two processes had added is there once; as many as before have their own again."""
+    sums = torch.rand(2, 3, BUCKETS, generator=torch.Generator().manual_seed(0))
+    found = []
+    for rank in range(count):
+        window = LossWindow(torch.device("cpu"), 1000)
+        window.load(sums, SimpleNamespace(process_index=rank, num_processes=count))
+        found.append(window.sums)
+    assert torch.equal(sum(found), sums[0] + sums[1])
+    if count == 2:
+        assert torch.equal(torch.stack(found), sums)
+
+
 def test_buckets_are_named_by_their_share_of_the_timesteps():
     named = loss_by_bucket("x", [1.0, float("nan")] + [2.0] * (BUCKETS - 2))
     assert list(named)[:2] == ["x/0.0-0.1", "x/0.2-0.3"]

@@ -126,6 +126,7 @@ def test_a_configuration_without_levels_is_not_checked_for_halving(saved):
         (dict(_class_name=None), "must be the configuration of a UNet2DModel; got that of None"),
         (dict(up_block_types=["UpBlock2D"]), "describes no network: Must provide the same number"),
         (dict(norm_num_groups=5), "describes no network: num_channels"),
+        (dict(time_embedding_type="learned"), "describes no network: empty"),  # of how many rows?
     ],
 )
 def test_a_configuration_that_is_no_network_is_refused_in_one_line(saved, changes, message):

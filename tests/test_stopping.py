@@ -132,7 +132,9 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_75(job, quick_settings,
     check_saved_and_exact(quick_settings | settings, output)
 
 
-def test_a_signal_while_samples_are_drawn_leaves_the_grid_out(quick_settings, monkeypatch):
+def test_a_signal_while_samples_are_drawn_leaves_the_grid_to_the_next_start(
+    quick_settings, monkeypatch
+):
     settings = quick_settings | dict(save_images_steps=2, max_train_steps=3, checkpointing_steps=50)
     from ddpm_hf.pipeline import DDPMPipeline
 
@@ -148,9 +150,11 @@ def test_a_signal_while_samples_are_drawn_leaves_the_grid_out(quick_settings, mo
         train(config)
     assert stopped.value.code == EXIT_STOPPED
     assert [path.name for path in list_checkpoints(config.run_dir)] == ["checkpoint-2"]
-    assert not (config.run_dir / "samples" / "step-2.png").exists()
+    grid = config.run_dir / "samples" / "step-2.png"
+    assert not grid.exists()
     monkeypatch.undo()
     assert train(config).step == 3
+    assert grid.exists()
 
 
 @pytest.mark.parametrize(
@@ -199,27 +203,62 @@ def test_which_command_goes_on_is_said(quick_settings, capsys):
         train(config, lost)
 
 
-def test_a_signal_does_not_wait_long_for_the_hub(quick_settings, monkeypatch, capsys):
-    """The machine is about to go, and what was saved stands."""
-    hang = threading.Event()
-    build = Run.build
+@pytest.fixture
+def hanging_push(monkeypatch):
+    """A run has a push in flight that ends with the test, for which a stop waits a second."""
+    hang, build = threading.Event(), Run.build
 
     def built(config):
         run = build(config)
         run.pushes = BackgroundPush(run.log.say)
-        run.pushes.submit("checkpoint", "it", hang.wait, lambda: None)
+        run.pushes.submit("checkpoint", "checkpoint-2", hang.wait, lambda: None)
         return run
+
+    monkeypatch.setattr(Run, "build", built)
+    monkeypatch.setattr("ddpm_hf.resuming.STOP_WAIT", 1.0)
+    yield
+    hang.set()
+
+
+def test_a_signal_does_not_wait_long_for_the_hub(quick_settings, hanging_push, capsys):
+    """The machine is about to go, and what was saved stands."""
 
     def stopped(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return simple_loss(*arguments)
 
-    monkeypatch.setattr(Run, "build", built)
-    monkeypatch.setattr("ddpm_hf.resuming.STOP_WAIT", 1.0)
     with pytest.raises(Stopped):
         train(TrainingConfig(**quick_settings), stopped)
-    hang.set()
     assert "Waiting for the Hub, 1 seconds at most" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("failure", ["memory", "gradients", "process", "state", "image"])
+def test_a_run_that_fails_waits_for_its_pushes_and_names_those_that_are_late(
+    quick_settings, hanging_push, monkeypatch, capsys, failure
+):
+    def failing(*arguments):
+        if failure == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if failure == "process":
+            raise RuntimeError("Connection closed by peer")
+        if failure == "image":  # of a stream
+            raise InputError("cannot decode 7.png")
+        if failure == "state":  # a signal, whose state cannot be saved
+            os.kill(os.getpid(), signal.SIGTERM)
+            return simple_loss(*arguments)
+        return simple_loss(*arguments) * float("nan")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    if failure == "state":
+        monkeypatch.setattr("ddpm_hf.resuming.write_checkpoint", full)
+    settings = dict(max_train_steps=30, logging_steps=NONFINITE_LIMIT, checkpointing_steps=50)
+    with pytest.raises((InputError, TrainingError)):
+        train(TrainingConfig(**quick_settings | settings), failing)
+    said = capsys.readouterr().out
+    assert "Waiting for the Hub, 1 seconds at most" in said
+    assert said.count("Not pushed: checkpoint-2: not over after 1 seconds") == 1
 
 
 def test_handlers_are_given_back_and_a_second_interrupt_is_at_once():

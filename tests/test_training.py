@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,22 +16,27 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline, TrainingConfig, train
-from ddpm_hf.card import write_card
+from ddpm_hf.card import public_settings, write_card
 from ddpm_hf.checkpoint import (
     EVALUATED,
     LOCK,
     METRICS,
     list_checkpoints,
+    load_checkpoint,
     lock_folder,
     read_metrics,
+    read_settings,
+    save_checkpoint,
     unlock_folder,
 )
+from ddpm_hf.config import OF_THIS_MACHINE
 from ddpm_hf.data import ImageStream, load_images
 from ddpm_hf.devices import BatchPlan, available_cores
 from ddpm_hf.ema import Average, list_snapshots
@@ -133,6 +138,50 @@ def test_a_stopped_run_goes_on_bit_for_bit(quick_settings, tmp_path, optimizer, 
         for d in (whole, stopped.run_dir)
     ]
     assert logged[0] == logged[1]
+
+
+def test_a_stop_between_two_logs_changes_no_loss(quick_settings, tmp_path):
+    """Logged at steps 3, 6 and 7; stopped after 4, and after 5, inside the same window."""
+    settings = quick_settings | dict(
+        logging_steps=3, checkpointing_steps=1, max_train_steps=7, lr_scheduler="constant"
+    )
+
+    def killed_in(step):
+        calls = 0
+
+        def loss(*arguments):
+            nonlocal calls
+            calls += 1
+            return interrupt() if calls == step else simple_loss(*arguments)
+
+        return loss
+
+    whole = tmp_path / "whole"
+    train(TrainingConfig(**settings | dict(output_dir=str(whole))), simple_loss)
+    for step in (5, 2):
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainingConfig(**settings), killed_in(step))
+    out = train(TrainingConfig(**settings), simple_loss).output_dir
+    timed = {"train_seconds", "energy_kwh", "images_per_second"}
+    rows = [
+        [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(d / METRICS)]
+        for d in (whole, out)
+    ]
+    assert rows[0] == rows[1]
+    assert [(row["step"], row["loss_images"]) for row in rows[0]] == [(3, 12), (6, 12), (7, 4)]
+
+
+def test_a_checkpoint_of_before_losses_were_in_it_is_gone_on_from(quick_settings):
+    settings = quick_settings | dict(logging_steps=3, lr_scheduler="constant")
+    out = run(settings, max_train_steps=2).output_dir
+    folder = out / "checkpoint-2"
+    checkpoint = load_checkpoint(folder)
+    del checkpoint.tensors["losses"], checkpoint.state["logged_step"]
+    save_checkpoint(out, *checkpoint)
+    assert not (folder / "losses.safetensors").exists()
+    run(settings, max_train_steps=5)
+    rows = [(row["step"], row["loss_images"]) for row in read_metrics(out / METRICS)]
+    assert rows == [(2, 8), (3, 4), (5, 8)]
 
 
 def test_a_finished_run_says_so_and_changes_nothing(quick_settings, capsys):
@@ -595,6 +644,20 @@ def test_a_network_from_a_configuration(quick_settings, tiny_unet, tmp_path):
         run(quick_settings)
 
 
+def test_a_chain_longer_than_the_rows_of_a_learned_embedding_is_refused(quick_settings, tmp_path):
+    UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4,
+        block_out_channels=(16, 16), down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2, time_embedding_type="learned", num_train_timesteps=30,
+    ).save_config(tmp_path / "unet")  # fmt: skip
+    settings = quick_settings | dict(model_config_name_or_path=str(tmp_path / "unet"))
+    message = "ddpm_num_steps must be at most 30, the rows of the learned time embedding of .*unet"
+    with pytest.raises(InputError, match=f"{message}'; got 31$"):
+        run(settings, ddpm_num_steps=31)
+    assert not (tmp_path / "run").exists()
+    assert run(settings, ddpm_num_steps=30, max_train_steps=1).step == 1
+
+
 def test_snapshots_become_an_average_of_another_length(quick_settings, tmp_path):
     from ddpm_hf.cli import main
 
@@ -919,6 +982,75 @@ def test_a_run_that_was_killed_while_it_ended_ends_again(quick_settings, monkeyp
 
 def interrupt(*_):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("until", ["save_samples", "save_pipeline"])
+def test_what_a_stop_after_a_checkpoint_left_out_is_made_on_going_on(
+    quick_settings, tmp_path, monkeypatch, until
+):
+    """Killed between the checkpoint of step 4, where an epoch ends, and the files of that step."""
+    settings = quick_settings | dict(
+        train_batch_size=12, max_train_steps=6, save_images_epochs=1, save_model_epochs=1
+    )
+    whole = run(settings, output_dir=str(tmp_path / "whole")).output_dir
+    with monkeypatch.context() as patch:
+        patch.setattr(f"ddpm_hf.training.{until}", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    out = tmp_path / "run"
+    grid = "samples/step-4.png"
+    assert (out / grid).exists() == (until == "save_pipeline")
+    assert not (out / "model_index.json").exists()
+    if until == "save_pipeline":  # what is there is not sampled again
+        monkeypatch.setattr("ddpm_hf.outputs.save_samples", pytest.fail)
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainingConfig(**settings), interrupt)  # in step 5
+    assert (out / grid).read_bytes() == (whole / grid).read_bytes()
+    assert read_record(out).step == 4
+    saved = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert equal(saved, weights(out, "ema"))
+
+
+def test_what_is_there_already_is_not_made_again_on_going_on(quick_settings, monkeypatch):
+    """A kill after all files of step 4; and a run that was finished there gets more steps."""
+    settings = quick_settings | dict(
+        train_batch_size=12, save_images_epochs=1, save_model_epochs=1, max_train_steps=6
+    )
+    calls = 0
+
+    def killed(*arguments):
+        nonlocal calls
+        calls += 1
+        return interrupt() if calls > 4 else simple_loss(*arguments)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainingConfig(**settings), killed)
+    finished = settings | dict(output_dir=settings["output_dir"] + "2")
+    run(finished, max_train_steps=4)
+    monkeypatch.setattr("ddpm_hf.outputs.save_samples", pytest.fail)
+    monkeypatch.setattr("ddpm_hf.outputs.save_pipeline", pytest.fail)
+    for again in (settings, finished):
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainingConfig(**again), interrupt)
+
+
+def test_the_settings_of_a_run_are_a_recipe(quick_settings, tmp_path):
+    """Also as they are pushed; what concerned that run and machine alone is not taken over."""
+    changes = dict(
+        overwrite_output_dir=True, hub_model_id="org/x", data_on_device="no", max_train_steps=1,
+        dropout=0.1, snr_gamma=2.0, seed=3,
+    )  # fmt: skip
+    out = run(quick_settings, **changes).output_dir
+    of_run = read_settings(out)
+    (tmp_path / "pushed.json").write_text(json.dumps(public_settings(of_run)))
+    default = asdict(TrainingConfig())
+    taken = {name: of_run[name] for name in default.keys() - set(OF_THIS_MACHINE)}
+    for recipe in (str(out / "config.json"), str(tmp_path / "pushed.json")):
+        again = TrainingConfig.from_recipe(recipe)
+        assert asdict(again) == default | taken | {"recipe": recipe}
+        assert again.run_dir != out
+    again = TrainingConfig.from_recipe(recipe, output_dir=str(tmp_path / "again"), cpu_threads="1")
+    assert equal(weights(train(again).output_dir), weights(out))
 
 
 def test_more_steps_change_the_rate_of_the_next_step(quick_settings):

@@ -1,6 +1,7 @@
 """The command line of training: its flags, and what they resolve to."""
 
 import argparse
+import math
 import typing
 from dataclasses import dataclass, field, fields
 
@@ -65,6 +66,8 @@ def unread_settings(config: TrainingConfig) -> dict[str, str]:
         "snr_gamma": config.loss == "vlb" and "the bound has weights of its own",
         "class_dropout_prob": not config.class_conditional and "without --class_conditional",
         "held_out_steps": not config.held_out and "without --held_out",
+        "train_batch_size": config.train_batch_size > (config.global_batch_size or math.inf)
+        and f"beyond the {config.global_batch_size} images of --global_batch_size",
         "gradient_accumulation_steps": config.global_batch_size
         and f"it follows from the global batch of {config.global_batch_size}",
         "num_epochs": config.max_train_steps and "beside --max_train_steps",

@@ -14,14 +14,7 @@ from typing import Any, Literal
 from .errors import InputError, check_choice, did_you_mean
 from .origin import OF_ORIGIN, default_folder, find_kept_origin, settings_of_origin
 from .presets import BETA_SCHEDULES, DEFAULT_PROCESS, PRESETS, beta_range, unet_config
-from .recipe import is_path, read_recipe
-
-OF_THIS_MACHINE = (
-    "output_dir", "logging_dir", "cache_dir", "overwrite_output_dir", "resume_from_checkpoint",
-    "cpu_threads", "data_on_device", "dataloader_num_workers", "push_to_hub", "push_steps",
-    "push_checkpoints", "hub_model_id", "hub_private_repo",
-)  # fmt: skip
-"""Settings that are no part of a recipe: a push leaves them here."""
+from .recipe import OF_THIS_MACHINE, is_path, read_recipe
 
 OF_SPEED = ("mixed_precision", "memory_format", "compile")
 """Settings that a probe of this machine decides."""

@@ -28,10 +28,14 @@ from .streaming import StreamedImages
 
 
 def build_network(config: TrainingConfig, images: ImageSet | StreamedImages) -> UNet2DModel:
-    """The network that the settings and the images ask for."""
+    """The network that the settings and the images ask for.
+
+    Raises:
+        InputError: as `build_unet`, or its learned time embedding has fewer rows than the chain.
+    """
     kept = config.run_dir / KEPT  # of an origin that may be gone
     goes_on = config.init_from and kept.is_dir() and not config.starts_afresh
-    return build_unet(
+    unet = build_unet(
         config.preset,
         model_config=str(kept) if goes_on else config.model_config_name_or_path,
         resolution=config.image_size,
@@ -41,6 +45,13 @@ def build_network(config: TrainingConfig, images: ImageSet | StreamedImages) -> 
         null_class=config.class_dropout_prob > 0,
         learned_variance=config.variance_type == "learned_range",
     )
+    rows = unet.config.num_train_timesteps
+    if unet.config.time_embedding_type == "learned" and config.ddpm_num_steps > rows:
+        raise InputError(
+            f"ddpm_num_steps must be at most {rows}, the rows of the learned time embedding of "
+            f"{config.model_config_name_or_path!r}; got {config.ddpm_num_steps}"
+        )
+    return unet
 
 
 def start_weights(

@@ -57,6 +57,19 @@ class LossWindow:
         self.sums = torch.zeros_like(self.sums)
         return float(optimised.sum() / count.sum()), (plain / count).tolist()
 
+    def state(self, accelerator: Accelerator) -> Tensor:
+        """The sums of every process, (processes, 3, BUCKETS), which all ask for together."""
+        return accelerator.gather(self.sums[None])
+
+    def load(self, saved: Tensor, accelerator: Accelerator) -> None:
+        """Go on with what `state` gave: with one's own sums, or on another process count with all
+        on the main process.
+        """
+        rank, count = accelerator.process_index, accelerator.num_processes
+        if len(saved) != count:
+            saved = torch.cat([saved.sum(0, keepdim=True), saved.new_zeros(count - 1, 3, BUCKETS)])
+        self.sums.copy_(saved[rank])
+
 
 class Logbook:
     """Where a run writes what it measures. Every process has one; one of them writes."""
@@ -68,6 +81,7 @@ class Logbook:
         self.total_steps, self.images_per_step = total_steps, images
         self.window = LossWindow(accelerator.device, config.ddpm_num_steps)
         self.loss: float | None = None
+        self.logged_step = 0
         self.seconds_before = self.energy_before = 0.0
         self.watts, self.loss_images = 0.0, 0
         self.bar: tqdm | None = None
@@ -94,7 +108,6 @@ class Logbook:
             total=self.total_steps, initial=step, unit="step", desc="Training", disable=self.hidden
         )
         self.first_step, self.started, self.last_line = step, time.perf_counter(), 0.0
-        self.logged_step = step
 
     @property
     def hidden(self) -> bool:

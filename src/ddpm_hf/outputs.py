@@ -64,7 +64,7 @@ def save_samples(run: Run, step: int, path: Path) -> None:
     Class i modulo their number, where there are classes.
 
     Raises:
-        Stopped: a signal came; the state is saved, the grid is left out.
+        Stopped: a signal came; the state is saved, the grid is left to the next start.
         TrainingError: there is no memory for it.
     """
     count, processes = run.config.eval_batch_size, run.accelerator.num_processes
@@ -94,6 +94,28 @@ def save_samples(run: Run, step: int, path: Path) -> None:
             save_image_grid(images[order][:count], path)
         with run.log.spared(f"{path} could not be shown"):
             run.log.write_picture(step, path)
+
+
+def save_left_out(run: Run, step: int) -> None:
+    """Make the grid and the pipeline of a step whose checkpoint was the last thing before a stop.
+
+    What is there already stays, and the end of a run makes its own.
+    """
+
+    def left_out() -> tuple[bool, bool]:
+        samples, pipeline = run.samples_due(step), run.pipeline_due(step)
+        if not 0 < step < run.total_steps or not (samples or pipeline):
+            return False, False
+        record = read_record(run.directory)
+        if record and record.step == step:  # the pipeline comes last
+            return False, False
+        return samples and not run.grid_path(step).exists(), pipeline
+
+    samples, pipeline = of_main(run, left_out)
+    if samples:
+        save_samples(run, step, run.grid_path(step))
+    if pipeline:
+        save_pipeline(run, step)
 
 
 def measure_held_out(run: Run, step: int) -> None:

@@ -307,7 +307,7 @@ def build_unet(
         config = load_unet_config(model_config, **arguments)
         try:
             unet = UNet2DModel.from_config(config)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise InputError(
                 f"model_config_name_or_path {model_config!r} describes no network: "
                 f"{' '.join(str(error).split())}"

@@ -73,22 +73,26 @@ def publish_checkpoint(run: Run, step: int) -> None:
 
 
 def finish_pushes(run: Run, seconds: float = LAST_WAIT) -> Pushed | None:
-    """Wait for the last pushes, say what became of them; that of the model, if it was pushed."""
-    if run.pushes is None:
+    """Wait for the last pushes, say what became of them; that of the model, if it was pushed.
+
+    Nothing is pushed after.
+    """
+    pushes, run.pushes = run.pushes, None
+    if pushes is None:
         return None
-    if run.pushes.busy:
+    if pushes.busy:
         run.accelerator.print(f"Waiting for the Hub, {seconds:.0f} seconds at most", flush=True)
-    run.pushes.close(seconds, lambda: bool(run.stop.noted))
-    for kind in {"model", "checkpoint"} & run.pushes.done.keys():
-        run.accelerator.print(f"Pushed:     {run.pushes.done[kind].url}")
-    failed = dict(run.pushes.failed)  # a push that hangs may still end
+    pushes.close(seconds, lambda: bool(run.stop.noted))
+    for kind in {"model", "checkpoint"} & pushes.done.keys():
+        run.accelerator.print(f"Pushed:     {pushes.done[kind].url}")
+    failed = dict(pushes.failed)  # a push that hangs may still end
     for problem in failed.values():
         run.accelerator.print(f"Not pushed: {problem}")
     if "model" in failed:
         run.accelerator.print(
             f"Push it with: ddpm-hf push {run.directory} --repo {run.config.hub_repo}"
         )
-    return run.pushes.done.get("model")
+    return pushes.done.get("model")
 
 
 def _delete(folder: Path) -> None:

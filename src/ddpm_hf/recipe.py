@@ -7,6 +7,16 @@ from typing import Any
 from .errors import InputError, did_you_mean
 
 RECIPES = Path(__file__).parent / "recipes"
+OF_THIS_MACHINE = (
+    "output_dir", "logging_dir", "cache_dir", "overwrite_output_dir", "resume_from_checkpoint",
+    "cpu_threads", "data_on_device", "dataloader_num_workers", "push_to_hub", "push_steps",
+    "push_checkpoints", "hub_model_id", "hub_private_repo",
+)  # fmt: skip
+"""Settings that are no part of a recipe: neither a push nor `--recipe config.json` takes them."""
+
+RECORDS = ("recipe", "trained_variance", "data_fingerprint")
+"""What a run's config.json says beside its settings."""
+
 WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
 
 
@@ -19,7 +29,8 @@ def read_recipe(name: str) -> dict[str, Any]:
     """The settings in a recipe file of this package, by name, or in any YAML file, by path.
 
     Numbers are decimal: 032 and 1:30, which YAML 1.1 takes for 26 and 90, are text. In a .json
-    file, which `--dry_run` or a run wrote, null is what was left out, and `recipe` a record.
+    file, which `--dry_run` or a run wrote, null is what was left out, and `recipe` a record. Of a
+    run's config.json, pushed or not, nothing counts that concerns that run and its machine alone.
 
     Raises:
         InputError: no such recipe, or a file that is no mapping of settings.
@@ -49,7 +60,9 @@ def read_recipe(name: str) -> dict[str, Any]:
             f"recipe {path} must hold `setting: value` lines; got {type(settings).__name__}"
         )
     if path.suffix == ".json":
-        return {k: value for k, value in settings.items() if k != "recipe" and value is not None}
+        of_a_run = "data_fingerprint" in settings
+        left_out = {*RECORDS, *OF_THIS_MACHINE} if of_a_run else {"recipe"}
+        return {k: v for k, v in settings.items() if k not in left_out and v is not None}
     if "recipe" in settings:
         raise InputError(f"recipe {path} names another recipe; copy what it needs instead")
     return settings

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,9 @@ def restore(run: Run, checkpoint: Checkpoint) -> int:
     if run.accelerator.scaler is not None and "scaler" in checkpoint.state:
         run.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
     run.stream.load_state(checkpoint.state["stream"])
+    run.log.logged_step = checkpoint.state.get("logged_step", checkpoint.step)
+    if "losses" in checkpoint.tensors:  # older ones have none
+        run.log.window.load(checkpoint.tensors["losses"]["since_log"], run.accelerator)
     run.guard = UpdateGuard(run.accelerator.device, checkpoint.state["skipped_updates"])
     run.saved_step = checkpoint.step
     run.accelerator.print(
@@ -197,6 +201,7 @@ def state_of(run: Run, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[st
     Every process has to ask.
     """
     stream = merge_states(gather_object([run.stream.state(step)]))
+    losses = run.log.window.state(run.accelerator)
     if not run.saves:
         return {}, {}
     unet = run.accelerator.unwrap_model(run.unet)
@@ -206,6 +211,7 @@ def state_of(run: Run, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[st
         group: {name: whole(tensor.detach()).cpu() for name, tensor in named.items()}
         for group, named in {"unet": dict(unet.named_parameters()), "optimizer": optimizer}.items()
     }
+    tensors["losses"] = {"since_log": losses}
     tensors |= {name: average.named_tensors() for name, average in run.averages.items()}
     if run.timestep_history:
         tensors["timestep_history"] = run.timestep_history.state_dict()
@@ -214,6 +220,7 @@ def state_of(run: Run, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[st
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "ema_steps": {name: a.optimization_step for name, a in run.averages.items()},
         "skipped_updates": int(run.guard.skipped),
+        "logged_step": run.log.logged_step,
         "stream": stream,
     }
     if run.accelerator.scaler is not None:
@@ -257,6 +264,16 @@ def save_snapshots(run: Run, step: int) -> None:
         if run.accelerator.is_main_process:
             with run.log.spared(f"the snapshot of step {step} could not be saved"):
                 save_snapshot(run.directory, average, tensors)
+
+
+@contextmanager
+def last_pushes(run: Run) -> Iterator[None]:
+    """Wait a while for the pushes of a run that fails, as `stop` does."""
+    try:
+        yield
+    except (InputError, TrainingError):
+        finish_pushes(run, STOP_WAIT)
+        raise
 
 
 def stop(run: Run, reason: str, step: int) -> None:

@@ -422,6 +422,10 @@ class Run:
             return self.epoch_ended(done, self.config.save_images_epochs)
         return done % every == 0 and done != self.total_steps
 
+    def grid_path(self, done: int) -> Path:
+        """The grid of samples after this step."""
+        return self.directory / "samples" / f"step-{done}.png"
+
     def close(self) -> None:
         """End the run's processes and trackers; nothing can be trained or saved after."""
         self.accelerator.wait_for_everyone()

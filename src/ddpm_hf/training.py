@@ -9,8 +9,15 @@ from functools import partial
 
 from .config import TrainingConfig
 from .losses import LossFunction, hybrid_loss, min_snr_loss, simple_loss, vlb_loss
-from .outputs import TrainingResult, finish, measure_held_out, save_pipeline, save_samples
-from .resuming import open_folder, save_checkpoint, save_snapshots, stop
+from .outputs import (
+    TrainingResult,
+    finish,
+    measure_held_out,
+    save_left_out,
+    save_pipeline,
+    save_samples,
+)
+from .resuming import last_pushes, open_folder, save_checkpoint, save_snapshots, stop
 from .run import Run, same_command
 from .stopping import TOO_LARGE, explained_failures, out_of_memory
 
@@ -39,8 +46,10 @@ def train(
         run = Run.build(config)
     config, accelerator = run.config, run.accelerator
     no_memory = out_of_memory(run.plan.per_device, run.plan.accumulation)
-    with run.stop, run.held(), explained_failures(no_memory, same_command(config)):
+    failures = explained_failures(no_memory, same_command(config))
+    with run.stop, run.held(), last_pushes(run), failures:
         step = open_folder(run)
+        save_left_out(run, step)
         run.log.start(step)
         run.unet.train()
         while step < run.total_steps:
@@ -66,7 +75,7 @@ def train(
             if step % config.checkpointing_steps == 0 or last:
                 save_checkpoint(run, step)
             if run.samples_due(step):
-                save_samples(run, step, run.directory / "samples" / f"step-{step}.png")
+                save_samples(run, step, run.grid_path(step))
             if run.pipeline_due(step):
                 save_pipeline(run, step)
             if reason := run.stop.agreed():
