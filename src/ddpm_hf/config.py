@@ -267,7 +267,7 @@ class TrainingConfig:
     max_grad_norm: float = arg(1.0, "Clip the gradient of all parameters to this norm; 0 is off.")
     use_ema: bool = arg(
         True,
-        "Average the weights over training and save the average: FID 12 becomes 3 in the paper.",
+        "Average the weights over training and save the average, which samples far better.",
     )
     ema_inv_gamma: float = arg(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma) ** -power.")
     ema_power: float = arg(0.75, "EMA warm-up, see above.")

@@ -300,6 +300,7 @@ def finish(run: Run, step: int) -> TrainingResult:
     else:
         unet = run.averaged_unet() if run.saves else None
         of_main(run, partial(write_pipeline, run, step, unet))
+        run.accelerator.print(f"Sampling {run.config.eval_batch_size} images", flush=True)
         save_samples(run, step, samples)
         of_main(run, partial(write_report, run, step, loss_curve))
     if run.config.streaming:
