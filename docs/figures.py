@@ -111,7 +111,7 @@ def schedules(path: Path) -> None:
 
 def parametrisations(path: Path) -> None:
     """How an error of the network's output becomes one of x_0_hat, by what it predicts."""
-    figure, panels = new_axes(2, xlabel="t", ylabel="error of x_0_hat / error of the output")
+    figure, panels = new_axes(2, xlabel="t", ylabel="error of x_0_hat / of the output")
     for axes, name in zip(panels, ("linear", "cosine"), strict=True):
         t = torch.arange(1000)
         for kind in ("epsilon", "v_prediction", "sample"):
