@@ -61,7 +61,7 @@ def set_chain(
     last = float(scheduler.timesteps.max())
     if last >= len(process.beta):
         raise InputError(
-            f"steps_offset={scheduler.config.steps_offset} leads to timestep {last:g} of "
+            f"steps_offset={scheduler.config.get('steps_offset')} leads to timestep {last:g} of "
             f"{len(process.beta)}: use fewer steps"
         )
     if whole and scheduler.timesteps.is_floating_point():
@@ -90,12 +90,12 @@ def check_scheduler(scheduler: SchedulerMixin, process: DDPMScheduler) -> None:
             f"{difference:.2g} off; does it know rescale_betas_zero_snr?): use DDPM, DDIM, "
             "DPM-Solver++, UniPC or Euler"
         )
-    prediction = scheduler.config.prediction_type
-    plms = isinstance(scheduler, diffusers.PNDMScheduler)
-    if plms and prediction not in ("epsilon", "v_prediction"):
+    if isinstance(scheduler, diffusers.PNDMScheduler) and (
+        scheduler.config.prediction_type not in ("epsilon", "v_prediction")
+    ):
         raise InputError(
             "PNDM needs a network that predicts epsilon or v; this one's prediction_type is "
-            f"{prediction!r}: use DDIM or another solver"
+            f"{scheduler.config.prediction_type!r}: use DDIM or another solver"
         )
 
 
