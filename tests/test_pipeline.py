@@ -288,12 +288,17 @@ def test_another_sampling_meanwhile_changes_nothing(pipe, name):
     assert all(map(torch.equal, steps, alone))
 
 
-def test_a_network_that_is_exchanged_loses_the_calibration_of_the_old(pipe, tiny_unet, tmp_path):
+def test_a_network_that_is_exchanged_loses_the_calibration_of_the_old(
+    pipe, tiny_unet, tmp_path, caplog
+):
+    diffusers.utils.logging.enable_propagation()
     ones = torch.full((1000,), 0.9, dtype=torch.float64)
     store(pipe.scheduler, Estimate(ones, ones))
     pipe.save_pretrained(tmp_path)
     assert DDPMPipeline.from_pretrained(tmp_path).scheduler.analytic is not None
+    assert "calibration" not in caplog.text
     assert DDPMPipeline.from_pretrained(tmp_path, unet=tiny_unet).scheduler.analytic is None
+    assert "is that of its own network, and is left out for the one given" in caplog.text
 
 
 def test_a_stock_scheduler_is_upgraded_and_any_other_is_left(tiny_unet):

@@ -141,11 +141,17 @@ def check_steps(steps: Sequence[int], num_timesteps: int) -> None:
         check_whole("steps", count, 2, num_timesteps)
 
 
-def forget(scheduler: SchedulerMixin) -> None:
-    """Take the statistics out of any scheduler's configuration: old ones, or of other weights."""
+def forget(scheduler: SchedulerMixin) -> bool:
+    """Take the statistics out of any scheduler's configuration: old ones, or of other weights.
+
+    Returns:
+        Whether there were any.
+    """
     extras = dict(scheduler.config.get("_ddpm_hf", {}))
-    if extras.pop("analytic", None) is not None:
-        scheduler.register_to_config(_ddpm_hf=extras)
+    if extras.pop("analytic", None) is None:
+        return False
+    scheduler.register_to_config(_ddpm_hf=extras)
+    return True
 
 
 def store(

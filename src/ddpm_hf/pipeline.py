@@ -131,7 +131,11 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         )
         pipe._revision = kwargs.get("revision")
         if "unet" in kwargs:
-            forget(pipe.scheduler)
+            if forget(pipe.scheduler):
+                logger.warning(
+                    f"the calibration of {name} is that of its own network, and is left out for "
+                    "the one given: ddpm-hf calibrate measures it"
+                )
         else:
             pipe.unet._loaded_from = pipe.name_or_path, pipe._revision
         return pipe
