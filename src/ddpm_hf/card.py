@@ -88,7 +88,7 @@ def render_card(
 
     Args:
         folder: A pipeline, with the files of its run beside it where it has one.
-        repo: Where people will load it from; by default the folder's name.
+        repo: Where people will load it from; a path to be filled in when not given.
         license: Of the weights; by default that of the settings, or of the embedded images.
         data_license: Of the training images, as their page on the Hub states it.
 
@@ -122,7 +122,7 @@ def render_card(
         escape=escape,
         code=code,
         model_name=model_name,
-        repo=json.dumps(name),
+        repo=json.dumps(repo or f"path/to/{name}"),
         size=size_name(unet.get("sample_size")),
         channels=unet.get("in_channels", 3),
         conditional=unet.get("num_class_embeds") is not None,
