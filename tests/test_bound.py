@@ -222,6 +222,40 @@ def test_a_model_calibrated_into_another_folder_takes_its_run_along(model, grey,
     assert "# model" in (first / "README.md").read_text()
 
 
+def test_what_is_in_the_folder_of_a_calibrated_copy_stays(model, grey, tmp_path):
+    """A person's card, and what `evaluate --output` measured there before."""
+    other = tmp_path / "other"
+    evaluate(model, str(grey.parent), timesteps=5, num_images=6)
+    evaluate(model, str(grey.parent), timesteps=5, output=other)
+    (other / "README.md").write_text("mine")
+    rows = read_results(other)
+    calibrate(model, str(grey.parent), split="test", num_images=7, timesteps=T, output=other)
+    assert (other / "README.md").read_text() == "mine"
+    assert read_results(other) == rows
+
+
+def test_measuring_after_training_in_one_script(model, grey, tmp_path):
+    """Under torchrun the end of training parts the processes, of which accelerate knows nothing."""
+    script = tmp_path / "job.py"
+    script.write_text(f"""if True:
+        import torch
+        from accelerate import PartialState
+        from ddpm_hf import evaluate
+        assert PartialState(cpu=True).distributed_type.value != "NO"
+        torch.distributed.destroy_process_group()
+        print("measured", evaluate({model!r}, {str(grey.parent)!r}, timesteps=5).num_images)
+    """)
+    launch = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d",
+              "--rdzv-endpoint", "localhost:0"]  # fmt: skip
+    said = {}
+    for count in ("1", "2"):
+        command = [sys.executable, *launch, "--nproc_per_node", count, str(script)]
+        env = os.environ | {"ACCELERATE_USE_CPU": "1"}
+        said[count] = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert "measured 7" in said["1"].stdout, said["1"].stderr
+    assert "the processes parted when training ended: measure in a command" in said["2"].stderr
+
+
 def test_measuring_leaves_the_callers_accelerator_as_it_is(model, grey):
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     try:

@@ -314,5 +314,7 @@ def test_numbers_are_told_as_they_are(tmp_path):
     add_results(folder, [Result("fd", 3.2, "FD", **row)])
     text = render_card(folder)
     assert "| time | 3.0 hours |" in text
+    write_record(folder, replace(record, seconds=31.0))
+    assert "| time | 31 seconds |" in render_card(folder)
     assert "±" not in text
     assert "The training loss is weighted." in text

@@ -108,10 +108,18 @@ def test_every_scheduler_word(folder, tmp_path, name):
 
 
 @pytest.mark.parametrize("word", ["sigmoid", "laplace"])
-def test_schedules_that_only_ddpm_knows_by_name_are_sampled_by_all(tiny_unet, tmp_path, word):
+@pytest.mark.parametrize("whole", [True, False])
+def test_schedules_that_only_ddpm_knows_by_name_are_sampled_by_all(
+    tiny_unet, tmp_path, word, whole
+):
     diffusers.DDPMPipeline(
         tiny_unet, diffusers.DDPMScheduler(beta_schedule=word, timestep_spacing="trailing")
     ).save_pretrained(tmp_path)
+    if not whole:  # as a person writes it, with what differs from defaults
+        file = tmp_path / "scheduler" / "scheduler_config.json"
+        config = json.loads(file.read_text())
+        del config["trained_betas"]
+        file.write_text(json.dumps(config))
     pipe = load_pipeline(str(tmp_path), "dpm++")
     assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
     assert pipe(1, num_inference_steps=2, output_type="pt").images.isfinite().all()

@@ -135,6 +135,18 @@ def test_settings_that_are_changed_later_hold_for_denoise_image_too(pipe):
     assert made[False].min() > 0.55
 
 
+def test_timesteps_that_a_person_gave_the_pipeline_are_not_those_of_denoise_image(pipe):
+    """The lines on a card for plain diffusers, given to ours: it ran the chain that was there."""
+    y, made = torch.zeros(1, 1, 8, 8), []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(0)
+        options = dict(generator=generator, num_inference_steps=100, output_type="pt")
+        made.append(pipe.denoise_image(y, 20.0, **options).images)
+        scheduler = pipe.scheduler
+        scheduler.set_timesteps = lambda *_, s=scheduler, **__: type(s).set_timesteps(s, 7)
+    assert torch.equal(*made)
+
+
 def test_what_a_broken_network_makes_is_refused(pipe):
     pipe.unet.forward = lambda x_t, t, class_labels=None: UNet2DOutput(sample=x_t * torch.nan)
     for call in (

@@ -285,12 +285,12 @@ def network_of(
 
 def _save_beside(pipe: DDPMPipeline, origin: Path, folder: Path) -> None:
     """Save a pipeline into another folder, with what is known of it where it was loaded from."""
-    if origin.is_dir() and origin.resolve() != folder.resolve():
-        for path in [*files_beside(origin), *origin.glob("README.md")]:
-            target = folder / path.relative_to(origin)
+    pipe.save_pretrained(folder)
+    for path in [*files_beside(origin), *origin.glob("README.md")]:
+        target = folder / path.relative_to(origin)
+        if not target.exists():  # a person's card, or what was measured before
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
-    pipe.save_pretrained(folder)
 
 
 def output_folder(pipeline: str, output: str | Path | None) -> Path | None:

@@ -199,8 +199,12 @@ def store(
     if x_0_variance is not None:
         analytic["x_0_variance"] = around.tolist()
         analytic["x_0_variance_error"] = _short(x_0_variance.standard_error)
-    extras = {"format": FORMAT, **scheduler.extras, "analytic": analytic}
+    extras = {"format": FORMAT, **(scheduler.extras or OF_OTHERS), "analytic": analytic}
     scheduler.register_to_config(_ddpm_hf=extras)
+
+
+OF_OTHERS = {"null_class": False}
+"""What holds of a network that was trained without this package."""
 
 
 def _short(errors: Tensor) -> list[float]:

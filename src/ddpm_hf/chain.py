@@ -83,7 +83,7 @@ def check_scheduler(scheduler: SchedulerMixin, process: DDPMScheduler) -> None:
             "UniPC, Euler, Heun or PNDM"
         )
     # Of a process that ends in pure noise the last entry is what a scheduler can bear.
-    difference = (there.double().cpu() - process.alpha_bar[1:])[:-1].abs().max()
+    difference = (there.cpu().double() - process.alpha_bar[1:])[:-1].abs().max()
     if difference > 1e-3:
         raise InputError(
             f"{name} has another noise schedule than the network was trained with (alpha_bar is "

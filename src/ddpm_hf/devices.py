@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 
@@ -29,7 +29,7 @@ def start_processes(config: TrainingConfig, *, anew: bool = True) -> PartialStat
     Args:
         config: Settings of the run.
         anew: Whatever `Accelerator` there is: a notebook may train twice, in different precisions.
-            Without it they meet as they have met already.
+            Without it they meet as they have met already, unless they parted after training.
 
     Raises:
         InputError: a logger that is not installed, or an engine, compiler or number of processes
@@ -49,6 +49,12 @@ def start_processes(config: TrainingConfig, *, anew: bool = True) -> PartialStat
             f"the launcher asks for torch dynamo ({backend}): leave that out; training has "
             "--compile yes"
         )
+    if not anew and _have_parted():
+        if PartialState().num_processes > 1:
+            raise InputError(
+                "the processes parted when training ended: measure in a command of its own"
+            )
+        anew = True
     if anew:
         AcceleratorState._reset_state(True)
     on_cpu = _is_on("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
@@ -70,6 +76,12 @@ def start_processes(config: TrainingConfig, *, anew: bool = True) -> PartialStat
     if state.device.type == "cpu" or config.cpu_threads != "auto":
         set_threads(config.cpu_threads)
     return state
+
+
+def _have_parted() -> bool:
+    """Whether a process group is gone that accelerate still believes in, as after training."""
+    believed = PartialState._shared_state.get("distributed_type", DistributedType.NO)
+    return believed != DistributedType.NO and not torch.distributed.is_initialized()
 
 
 def _is_on(name: str) -> bool:

@@ -131,7 +131,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         )
         pipe._revision = kwargs.get("revision")
         if "unet" in kwargs:
-            if forget(pipe.scheduler):
+            if "scheduler" not in kwargs and forget(pipe.scheduler):
                 logger.warning(
                     f"the calibration of {name} is that of its own network, and is left out for "
                     "the one given: ddpm-hf calibrate measures it"
@@ -528,7 +528,8 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         scheduler = copy.copy(process)
         steps = max(1, round(num_inference_steps * (t + 1) / len(process.beta)))
         timesteps = torch.linspace(t, 0, steps).round().long().unique().flip(0)
-        scheduler.set_timesteps(timesteps=timesteps.tolist())
+        # The class's own: a person may have given the pipeline's one other timesteps.
+        DDPMScheduler.set_timesteps(scheduler, timesteps=timesteps.tolist())
         x_t = like(process.alpha_bar_at(t).sqrt(), y) * y.expand(num_images, -1, -1, -1)
         if cut_off(y).any():
             eps = self._draw(x_t.shape, generator, y.device)

@@ -46,10 +46,10 @@ def load_pipeline(repo_or_folder: str, scheduler: str | None = None) -> DDPMPipe
     if scheduler == "ddpm" and not isinstance(pipe.scheduler, DDPMScheduler):
         pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     elif scheduler not in (None, "ddpm"):
-        config = dict(pipe.scheduler.config)
+        config, table = pipe.scheduler.config, {}
         if config.get("beta_schedule") in ("sigmoid", "laplace"):  # words of DDPM's scheduler only
-            config["trained_betas"] = pipe.process.beta.tolist()
-        pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(config)
+            table = {"trained_betas": pipe.process.beta.tolist()}
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(config, **table)
     if torch.cuda.is_available():
         return pipe.to("cuda")
     return pipe.to("mps") if torch.backends.mps.is_available() else pipe
