@@ -234,6 +234,7 @@ def test_what_is_in_the_folder_of_a_calibrated_copy_stays(model, grey, tmp_path)
     assert read_results(other) == rows
 
 
+@pytest.mark.slow
 def test_measuring_after_training_in_one_script(model, grey, tmp_path):
     """Under torchrun the end of training parts the processes, of which accelerate knows nothing."""
     script = tmp_path / "job.py"
