@@ -20,6 +20,9 @@ from .errors import InputError, check_whole
 from .likelihood import BoundSums
 from .scheduler import FORMAT, DDPMScheduler
 
+OF_OTHERS = {"null_class": False}
+"""What holds of a network that was trained without this package."""
+
 CLIP_PIXELS = {"linear": 2.0}
 """Most noise, in grey levels, of the last step that adds some; 1 for schedules other than these, as
 in the paper's experiments.
@@ -201,10 +204,6 @@ def store(
         analytic["x_0_variance_error"] = _short(x_0_variance.standard_error)
     extras = {"format": FORMAT, **(scheduler.extras or OF_OTHERS), "analytic": analytic}
     scheduler.register_to_config(_ddpm_hf=extras)
-
-
-OF_OTHERS = {"null_class": False}
-"""What holds of a network that was trained without this package."""
 
 
 def _short(errors: Tensor) -> list[float]:
