@@ -1,5 +1,6 @@
 """The loop: what it trains, that it resumes bit for bit, and what it leaves behind."""
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -97,6 +98,44 @@ def test_the_first_batch_picture_is_what_the_network_sees(quick_settings):
     tile = ((seen[0][0, 0] + 1) * 127.5).round().numpy().astype(np.uint8)
     zoom = 56 // 8
     assert np.array_equal(grid[2 : 2 + 56 : zoom, 2 : 2 + 56 : zoom], tile)
+
+
+def test_training_is_algorithm_1_written_out(quick_settings, monkeypatch):
+    """From the same weights and draws: nothing of this package in the loop below."""
+    first, draws, build = [], [], Run.build
+
+    def keep_first(config):
+        run = build(config)
+        first.append(copy.deepcopy(run.accelerator.unwrap_model(run.unet)))
+        return run
+
+    def keep_draws(network, scheduler, x_0, eps, t):
+        draws.append((x_0.clone(), eps.clone(), t.clone()))
+        return simple_loss(network, scheduler, x_0, eps, t)
+
+    monkeypatch.setattr(Run, "build", keep_first)
+    process = dict(prediction_type="epsilon", ddpm_beta_schedule="linear", snr_gamma=0.0)
+    plain = dict(optimizer="adam", lr_scheduler="constant", use_ema=False, max_grad_norm=1.0)
+    config = TrainingConfig(**quick_settings | process | plain)
+    out = train(config, keep_draws).output_dir
+
+    (unet,) = first
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = torch.optim.Adam(unet.parameters(), 2e-4, betas, config.adam_epsilon)
+    alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    for x_0, eps, t in draws:
+        a = alpha_bar[t].float().view(-1, 1, 1, 1)
+        x_t = a.sqrt() * x_0 + (1 - a).sqrt() * eps
+        (eps - unet(x_t, t).sample).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(draws) == 4
+    trained = DDPMPipeline.from_pretrained(out).unet.state_dict()
+    for name, weight in unet.state_dict().items():
+        # Adam's first steps divide gradients by themselves: rounding of small ones shows. A step
+        # moves a weight by 2e-4.
+        torch.testing.assert_close(weight, trained[name], atol=4e-6, rtol=0)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
